@@ -1,0 +1,139 @@
+"""VchitectTransformer: latents, text, timestep -> velocity. The released architecture and parameter names.
+
+Every batch equals as many runs of one sample; an image is T = 1. What is saved for backward follows the Plan's Policy
+(`set_policy`); loading and saving by name live in weights.py, the diffusion in flow.py.
+Source: model_spec.
+
+Letters: B batch, T frames, S visual tokens a frame, N text tokens, D hidden, c latent channels, h w latent rows and
+columns, p patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vchitect_fast.architecture import TransformerConfig
+from vchitect_fast.errors import UserError
+from vchitect_fast.model import weights
+from vchitect_fast.model.blocks import AdaLN, Block, Branches, modulate
+from vchitect_fast.model.embed import PatchEmbed, TimeTextEmbed
+from vchitect_fast.plan import KEEP, Policy
+
+SDPA = {"spatial": "sdpa", "temporal": "sdpa", "cross": "sdpa"}
+
+
+class VchitectTransformer(nn.Module):
+    """The video diffusion transformer.
+
+    config    sizes, by the release's field names
+    branches  attention branches that contribute, for ablations; all by default
+    """
+
+    def __init__(self, config: TransformerConfig, branches: Branches = Branches()) -> None:
+        super().__init__()
+        self.config = config
+        D, L = config.hidden_dim, config.num_layers
+        self.pos_embed = PatchEmbed(config.patch_size, config.in_channels, D, config.pos_embed_max_size, config.sample_size)
+        self.time_text_embed = TimeTextEmbed(config.pooled_projection_dim, D)
+        self.context_embedder = nn.Linear(config.joint_attention_dim, D)
+        self.transformer_blocks = nn.ModuleList(Block(config, last=i == L - 1, branches=branches) for i in range(L))
+        self.norm_out = AdaLN(D, 2)
+        self.proj_out = nn.Linear(D, config.patch_size**2 * config.out_channels)
+        self.policy: tuple[Policy, ...] = (Policy.keep(),) * L
+        self.attention_backend = dict(SDPA)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Xavier for the linears; modulation and the outputs that must not disturb at first start at zero (AdaLN-Zero)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.pos_embed.proj.weight.view(self.config.hidden_dim, -1))
+        nn.init.zeros_(self.pos_embed.proj.bias)
+        zero = [self.proj_out] + [module.linear for module in self.modules() if isinstance(module, AdaLN)]
+        for linear in zero:
+            nn.init.zeros_(linear.weight)
+
+    def set_policy(self, policy: Sequence[Policy]) -> None:
+        """What each block keeps for backward: everything, or its input alone with the rest recomputed."""
+        if len(policy) != self.config.num_layers:
+            raise UserError(f"expected a Policy for each of {self.config.num_layers} blocks, got {len(policy)}; plan this model again.")
+        for index, item in enumerate(policy):
+            if item not in (Policy.keep(), Policy.recompute()):
+                raise UserError(
+                    f"block {index}: this version keeps a whole block or recomputes it from its input, got {asdict(item)}; "
+                    "plan with `vchitect-fast autotune`."
+                )
+        self.policy = tuple(policy)
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor, timestep: Tensor
+    ) -> Tensor:
+        """Velocity of the rectified flow.
+
+        hidden_states          [B, T, c, h, w] latents; h and w divisible by the patch
+        encoder_hidden_states  [B, N, joint_attention_dim] text embeddings
+        pooled_projections     [B, pooled_projection_dim]
+        timestep               [B] in [0, 1000]
+
+        Returns [B, T, c, h, w] in the dtype of the parameters. Raises UserError on any other shape.
+        """
+        self._check(hidden_states, encoder_hidden_states, pooled_projections, timestep)
+        B, T, _, h, w = hidden_states.shape
+        dtype = self.proj_out.weight.dtype
+        x = self.pos_embed(hidden_states.to(dtype).flatten(0, 1)).unflatten(0, (B, T))  # [B, T, S, D]
+        temb = self.time_text_embed(timestep, pooled_projections.to(dtype))
+        text = self.context_embedder(encoder_hidden_states.to(dtype))
+        c: Tensor | None = text[:, None].expand(-1, T, -1, -1)  # the text stream is per frame from here on
+        for block, policy in zip(self.transformer_blocks, self.policy, strict=True):
+            if policy.qkv == KEEP or not torch.is_grad_enabled():
+                x, c = block(x, c, temb, self.attention_backend)
+            else:
+                # Nothing in a block draws random numbers, so there is no generator state to restore.
+                x, c = checkpoint(
+                    block, x, c, temb, self.attention_backend, use_reentrant=False, preserve_rng_state=False
+                )
+        scale, shift = self.norm_out(temb)
+        return self._unpatchify(self.proj_out(modulate(x, shift, scale)), h, w)
+
+    def _unpatchify(self, x_BTSp: Tensor, h: int, w: int) -> Tensor:
+        B, T, p, c = *x_BTSp.shape[:2], self.config.patch_size, self.config.out_channels
+        x = x_BTSp.view(B, T, h // p, w // p, p, p, c)
+        return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(B, T, c, h, w)
+
+    def _check(self, latents: Tensor, text: Tensor, pooled: Tensor, timestep: Tensor) -> None:
+        config = self.config
+        if latents.ndim != 5 or latents.shape[2] != config.in_channels:
+            raise UserError(f"hidden_states must be [B, T, {config.in_channels}, h, w], got {tuple(latents.shape)}; see VideoShape for the sizes.")
+        B = latents.shape[0]
+        wanted = {
+            "encoder_hidden_states": (text, (B, "N", config.joint_attention_dim)),
+            "pooled_projections": (pooled, (B, config.pooled_projection_dim)),
+            "timestep": (timestep, (B,)),
+        }
+        for name, (tensor, shape) in wanted.items():
+            fits = tensor.ndim == len(shape) and all(w in ("N", g) for w, g in zip(shape, tensor.shape, strict=True))
+            if not fits:
+                asked = ", ".join(map(str, shape))
+                raise UserError(f"{name} must be [{asked}], got {tuple(tensor.shape)}; check the text encoder and the batch.")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> VchitectTransformer:
+        """Load config.json and safetensors by the released names, strictly (weights.load_pretrained)."""
+        return weights.load_pretrained(cls, Path(folder), dtype)
+
+    def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
+        """Write config.json and safetensors (sharded with an index above `max_shard_bytes`) under the released names."""
+        weights.save_pretrained(self.config, self.state_dict(), Path(folder), max_shard_bytes)
+
+    @classmethod
+    def init_from_sd3(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> VchitectTransformer:
+        """Start from a diffusers SD3-medium transformer (weights.init_from_sd3)."""
+        return weights.init_from_sd3(cls, Path(folder), dtype)

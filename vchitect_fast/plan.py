@@ -1,0 +1,174 @@
+"""Plan: every decision of a run, written by autotune and obeyed by train. The one contract between the two.
+
+A Plan holds one mesh and, for each VideoShape, how the step is sharded, what each block keeps, recomputes or offloads,
+the microbatch, the attention backends, what was predicted and why the runners-up lost. It names the model, the device and
+the shapes it was made for by fingerprint; `Plan.check` refuses anything else and says which. Standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from vchitect_fast.errors import UserError, unknown_name
+from vchitect_fast.shapes import VideoShape
+
+SCHEMA_VERSION = 1
+KEEP, RECOMPUTE, OFFLOAD = "keep", "recompute", "offload"
+ACTIONS = (KEEP, RECOMPUTE, OFFLOAD)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What one block does with each activation group between forward and backward (docs/design.md names the groups)."""
+
+    block_input: str = KEEP
+    qkv: str = KEEP
+    branch_out: str = KEEP
+    mlp_pre: str = KEEP
+    stats: str = KEEP
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if getattr(self, item.name) not in ACTIONS:
+                raise unknown_name(f"policy of {item.name}", str(getattr(self, item.name)), ACTIONS)
+        if self.block_input == RECOMPUTE:
+            raise UserError("block_input cannot be recomputed, nothing comes before it; keep or offload it.")
+
+    @classmethod
+    def keep(cls) -> Policy:
+        """Keep every group."""
+        return cls()
+
+    @classmethod
+    def recompute(cls) -> Policy:
+        """Keep the block's input, recompute the rest."""
+        return cls(KEEP, RECOMPUTE, RECOMPUTE, RECOMPUTE, RECOMPUTE)
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """How one step is cut over the `sp` mesh axis, and how each branch reshards around that cut."""
+
+    axis: str = "batch"  # batch | frames | tokens
+    spatial: str = "none"  # to heads | to frames | to tokens | none
+    temporal: str = "none"
+    cross: str = "none"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Time and memory of one step as predicted, each with its parts."""
+
+    step_s: float
+    step_parts_s: dict[str, float]
+    peak_gib: float
+    peak_parts_gib: dict[str, float]
+    confidence: str  # in words, with what it rests on
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """The decisions for one VideoShape."""
+
+    shape: str  # VideoShape, "frames x width x height"
+    policy: tuple[Policy, ...]  # one a block
+    microbatch: int  # samples a forward
+    accumulation: int  # microbatches a step
+    predicted: Prediction
+    shard: ShardSpec = ShardSpec()
+    offload_bytes: int = 0
+    num_chunks: int = 1
+    vae_mini_batch: int = 8  # frames encoded at once
+    attention: dict[str, str] = field(default_factory=lambda: {"spatial": "sdpa", "temporal": "sdpa", "cross": "sdpa"})
+    runners_up: tuple[dict[str, Any], ...] = ()  # {choice, step_s, peak_gib, why}
+
+    @property
+    def video_shape(self) -> VideoShape:
+        """The entry's shape, parsed."""
+        return VideoShape.parse(self.shape)[0]
+
+    @property
+    def num_recomputed(self) -> int:
+        """Blocks of which anything is recomputed."""
+        return sum(RECOMPUTE in asdict(policy).values() for policy in self.policy)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every decision of a run or of one stage of a recipe."""
+
+    model: str  # TransformerConfig.fingerprint()
+    device: str  # Device.fingerprint()
+    device_name: str
+    compute_dtype: str  # "float32" | "bfloat16": of activations and matmuls; masters and optimizer are fp32
+    num_text_tokens: int
+    entries: tuple[PlanEntry, ...]
+    mesh: dict[str, int] = field(default_factory=lambda: {"dp_replicate": 1, "dp_shard": 1, "sp": 1})
+    fsdp_group: str = "none"  # none | node | global
+
+    def digest(self) -> str:
+        """Hash of the inputs: model, device, dtype, text tokens, shapes."""
+        inputs = [self.model, self.device, self.compute_dtype, self.num_text_tokens, [entry.shape for entry in self.entries]]
+        return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
+
+    def check(self, *, model: str, device: str) -> None:
+        """Refuse to run under another model or device than planned for; the message says which differs."""
+        if self.model != model:
+            raise UserError(f"this Plan is for model {self.model}, the run has model {model}; run `vchitect-fast autotune --model ...` for this model.")
+        if self.device != device:
+            raise UserError(f"this Plan is for device {self.device_name!r} ({self.device}), this is {device}; run `vchitect-fast autotune` on this machine.")
+
+    def entry(self, shape: VideoShape) -> PlanEntry:
+        """The entry of a shape; UserError listing the planned shapes otherwise."""
+        for entry in self.entries:
+            if entry.shape == str(shape):
+                return entry
+        planned = ", ".join(entry.shape for entry in self.entries)
+        raise UserError(f"this Plan has no entry for {shape}, only {planned}; plan it with `vchitect-fast autotune --shapes {shape}`.")
+
+    def save(self, path: str | Path) -> None:
+        """Write the Plan as JSON: to a temporary name, synced, then renamed."""
+        content = {"schema_version": SCHEMA_VERSION, "hash": self.digest(), **asdict(self)}
+        partial = Path(f"{path}.partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w") as file:
+            json.dump(content, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a Plan; UserError when it is absent, of another schema, or its inputs do not match its hash."""
+        try:
+            content = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise UserError(f"cannot read the Plan {path} ({error.strerror}); make one with `vchitect-fast autotune --out {path}`.") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"the Plan {path} is not JSON ({error}); make it again with `vchitect-fast autotune --out {path}`.") from None
+        version = content.pop("schema_version", None) if isinstance(content, dict) else None
+        if version != SCHEMA_VERSION:
+            raise UserError(f"expected a Plan of schema {SCHEMA_VERSION}, got {version} in {path}; make it again with `vchitect-fast autotune`.")
+        stored = content.pop("hash", None)
+        try:
+            content["entries"] = tuple(_entry(values) for values in content["entries"])
+            plan = cls(**content)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path} is not a Plan ({error}); make it again with `vchitect-fast autotune --out {path}`.") from None
+        if plan.digest() != stored:
+            raise UserError(f"the inputs of the Plan {path} were edited (hash {stored}, expected {plan.digest()}); make it again with `vchitect-fast autotune`.")
+        return plan
+
+
+def _entry(values: dict[str, Any]) -> PlanEntry:
+    values = dict(values)
+    values["policy"] = tuple(Policy(**policy) for policy in values["policy"])
+    values["shard"] = ShardSpec(**values["shard"])
+    values["predicted"] = Prediction(**values["predicted"])
+    values["runners_up"] = tuple(values["runners_up"])
+    return PlanEntry(**values)
