@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,41 @@ SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
+class Timing:
+    """Seconds of one op on one device, median over repeats: a point that cost models interpolate between.
+
+    linear     rows x width times width x width, with bias; backward gives the gradients of input, weight and bias
+    attention  scaled_dot_product_attention, `rows` query rows in sequences of `length`, width = heads x head dim
+    multiply, gelu, layer_norm, copy   over rows x width elements (copy: a transpose made contiguous)
+    adamw      one fused AdamW update of rows x width fp32 parameters; forward_s only
+    """
+
+    op: str
+    dtype: str
+    rows: int
+    width: int
+    forward_s: float
+    backward_s: float
+    length: int = 0
+    num_repeats: int = 1
+    spread: float = 0.0  # (p90 - p10) / median of the repeats: how quiet the machine was
+
+
+@dataclass(frozen=True)
 class Device:
     """One GPU, or the CPU of one machine."""
 
     name: str  # as the driver or /proc/cpuinfo gives it
     kind: str  # "cuda" | "cpu"
     memory_bytes: int  # of the device; for a CPU, main memory that this process may use
-    matmul_flops: dict[str, float]  # achieved FLOP/s on large square matmuls, by dtype name
-    memory_bytes_per_s: float  # copy, read + write
+    matmul_flops: dict[str, float] = field(default_factory=dict)  # achieved FLOP/s on large square matmuls, by dtype name
+    memory_bytes_per_s: float | None = None  # copy, read + write
     num_threads: int = 1  # CPU threads used while measuring; 1 for a GPU
     attention_flops: dict[str, float] = field(default_factory=dict)  # achieved FLOP/s of scaled_dot_product_attention
     op_overhead_s: float | None = None  # smallest time of one small operation, launch included
     process_bytes: int | None = None  # resident bytes of a process that has loaded torch and this package
+    timings: tuple[Timing, ...] = ()  # at several sizes, for efficiency that depends on size
+    fit_error: float | None = None  # mean relative error of interpolating the timings, at sizes held out of them
     source: str = ""
 
     def fingerprint(self) -> str:
@@ -66,14 +90,26 @@ class Cluster:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Cluster:
         """Read what `to_json` wrote; UserError when it is of another schema or lacks a field."""
-        version = values.get("schema_version")
+        version = values.get("schema_version") if isinstance(values, dict) else None
         if version != SCHEMA_VERSION:
             raise UserError(f"expected a cluster file of schema {SCHEMA_VERSION}, got {version}; run `vchitect-fast autotune probe` again.")
         try:
             rest = {k: v for k, v in values.items() if k not in {"schema_version", "device", "links"}}
-            return cls(device=Device(**values["device"]), links=tuple(Link(**link) for link in values.get("links", ())), **rest)
-        except (KeyError, TypeError) as error:
+            device = dict(values["device"])
+            device["timings"] = tuple(Timing(**timing) for timing in device.get("timings", ()))
+            return cls(device=Device(**device), links=tuple(Link(**link) for link in values.get("links", ())), **rest)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"this is not a cluster file ({error}); run `vchitect-fast autotune probe` again.") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write the cluster as JSON: to a temporary name, synced, then renamed."""
+        partial = Path(f"{path}.partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w") as file:
+            json.dump(self.to_json(), file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Cluster:
