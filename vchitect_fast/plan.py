@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from vchitect_fast.errors import UserError, unknown_name
+from vchitect_fast.files import write_text
 from vchitect_fast.shapes import VideoShape
 
 SCHEMA_VERSION = 1
@@ -108,6 +108,7 @@ class Plan:
     compute_dtype: str  # "float32" | "bfloat16": of activations and matmuls; masters and optimizer are fp32
     num_text_tokens: int
     entries: tuple[PlanEntry, ...]
+    peak_flops: float | None = None  # measured matmul FLOP/s in compute_dtype, the denominator of MFU
     mesh: dict[str, int] = field(default_factory=lambda: {"dp_replicate": 1, "dp_shard": 1, "sp": 1})
     fsdp_group: str = "none"  # none | node | global
 
@@ -134,13 +135,7 @@ class Plan:
     def save(self, path: str | Path) -> None:
         """Write the Plan as JSON: to a temporary name, synced, then renamed."""
         content = {"schema_version": SCHEMA_VERSION, "hash": self.digest(), **asdict(self)}
-        partial = Path(f"{path}.partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_text(path, json.dumps(content, indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

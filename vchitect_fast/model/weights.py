@@ -8,8 +8,6 @@ Source of the names: model_spec, "State-dict names".
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from vchitect_fast.architecture import TransformerConfig
 from vchitect_fast.errors import UserError
+from vchitect_fast.files import whole_folder
 
 if TYPE_CHECKING:
     from vchitect_fast.model.transformer import VchitectTransformer
@@ -63,6 +62,7 @@ def init_from_sd3(cls: type[VchitectTransformer], folder: Path, dtype: torch.dty
 
 def save_pretrained(config: TransformerConfig, state: Mapping[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
     """Write the folder: complete under a temporary name, synced, then renamed over the old one."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     shards: list[dict[str, Tensor]] = [{}]
@@ -75,24 +75,22 @@ def save_pretrained(config: TransformerConfig, state: Mapping[str, Tensor], fold
         shards[-1][name] = tensor.detach().cpu().contiguous()
         size += num_bytes
 
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        weight_map = {}
-        for number, shard in enumerate(shards, 1):
-            file = f"{STEM}.safetensors" if len(shards) == 1 else f"{STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
-            save_file(shard, partial / file, metadata={"format": "pt"})
-            weight_map.update(dict.fromkeys(shard, file))
-        if len(shards) > 1:
-            total = sum(t.numel() * t.element_size() for t in state.values())
-            _write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        _write_json(partial / "config.json", config.to_dict())
-        sync_files(partial)
-        replace_folder(partial, folder)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"could not write the model to {folder} ({error}); free some space and save again, what stood there before is untouched.") from None
+        with whole_folder(folder) as partial:
+            weight_map = {}
+            for number, shard in enumerate(shards, 1):
+                single = len(shards) == 1
+                file = f"{STEM}.safetensors" if single else f"{STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
+                save_file(shard, partial / file, metadata={"format": "pt"})
+                weight_map.update(dict.fromkeys(shard, file))
+            if len(shards) > 1:
+                total = sum(t.numel() * t.element_size() for t in state.values())
+                _write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            _write_json(partial / "config.json", config.to_dict())
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"could not write the model to {folder} ({error}); free some space and save again, what stood there is untouched."
+        ) from None
 
 
 def read_state(folder: Path) -> dict[str, Tensor]:
@@ -127,24 +125,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {path} ({error.strerror}); point to a diffusers folder with config.json and safetensors.") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON ({error}); copy it again.") from None
-
-
-def replace_folder(new: Path, old: Path) -> None:
-    """Put a complete folder in place of an old one; a crash in between leaves the old one under `<name>.old`."""
-    aside = old.with_name(f"{old.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    if old.exists():
-        old.rename(aside)
-    new.rename(old)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def sync_files(folder: Path) -> None:
-    """fsync every file below a folder, so that the rename that follows never precedes the data."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
 
 
 def _build(

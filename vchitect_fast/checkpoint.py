@@ -1,0 +1,113 @@
+"""Checkpoints: one torch.distributed.checkpoint folder a step, whole or absent, the last few kept.
+
+    <run>/checkpoint-00000200/   tensors (model., optimizer., ema.), state.json (step, sizes of all files, what made it)
+    <run>/latest                 the name of the newest whole checkpoint
+
+There is no random state to store: every draw of a run is a function of (seed, step), see train.py, so step and seed are
+the data position too. A folder is filled under a temporary name, synced, then renamed; `latest` follows. Loading verifies
+that each file is there with its size before a tensor is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from vchitect_fast.errors import UserError
+from vchitect_fast.files import whole_folder, write_text
+
+STATE_FILE = "state.json"
+LATEST = "latest"
+
+
+def save(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep_last: int) -> Path:
+    """Write `checkpoint-<step>`, point `latest` to it, remove all but the `keep_last` newest.
+
+    tensors  flat names to tensors of any device and dtype
+    state    JSON values to find again in `read_state`
+
+    Raises UserError when the disk refuses; the checkpoints that were there stay whole.
+    """
+    folder = run / f"checkpoint-{step:08d}"
+    try:
+        with whole_folder(folder) as partial:
+            dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(partial, single_file_per_rank=True), no_dist=True)
+            files = {item.name: item.stat().st_size for item in sorted(partial.iterdir())}
+            content = {"step": step, **state, "files": files}
+            (partial / STATE_FILE).write_text(json.dumps(content, indent=1))
+        write_text(run / LATEST, folder.name + "\n")
+    except (OSError, dcp.api.CheckpointException) as error:
+        good = latest(run)
+        kept = f"the last good checkpoint is {good}" if good else "there was none before"
+        raise UserError(f"could not write {folder} ({_first_line(error)}); {kept}; free some space and start the same command again.") from None
+    for old in sorted(run.glob("checkpoint-????????"))[:-keep_last]:
+        shutil.rmtree(old)
+    return folder
+
+
+def latest(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None."""
+    try:
+        name = (run / LATEST).read_text().strip()
+    except FileNotFoundError:
+        return None
+    return run / name
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint whose files are all there; UserError names what is missing or cut short."""
+    try:
+        state = json.loads((folder / STATE_FILE).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder} is not a whole checkpoint ({_first_line(error)}); {_others(folder)}") from None
+    for name, size in state["files"].items():
+        path = folder / name
+        found = path.stat().st_size if path.exists() else None
+        if found != size:
+            what = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise UserError(f"checkpoint {folder}: {name} {what}; {_others(folder)}")
+    return state
+
+
+def load(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Fill the given tensors in place from a checkpoint and return its state; every name must be there with its shape."""
+    state = read_state(folder)
+    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    absent = sorted(tensors.keys() - stored.keys())
+    misshaped = sorted(n for n in tensors.keys() & stored.keys() if stored[n].size != tensors[n].shape)
+    if absent or misshaped:
+        raise UserError(
+            f"checkpoint {folder} is of another model: {len(absent)} tensors missing, {len(misshaped)} misshaped "
+            f"(first: {(absent + misshaped)[0]}); resume with the model it was made with."
+        )
+    with torch.no_grad():
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    return state
+
+
+def load_prefix(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """All tensors whose name starts with `prefix`, without it, on the CPU."""
+    read_state(folder)
+    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in stored.items() if name.startswith(prefix)
+    }
+    dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def _others(folder: Path) -> str:
+    others = sorted(path.name for path in folder.parent.glob("checkpoint-????????") if path != folder)
+    if not others:
+        return "there is no other checkpoint, start again in a new folder."
+    return f"to go on from {others[-1]}, write that name into {folder.parent / LATEST}."
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,114 @@
+"""What a run writes down: one JSON line an event, always; TensorBoard and Weights & Biases on request.
+
+log.jsonl in the run's folder holds objects with a "kind": step, validation, sample, checkpoint, skipped, resumed, done.
+A step has loss, grad_norm, learning rate, its time split (data / encode / forward / backward / optimizer), visual tokens
+per second, model FLOPs (workload.py) and MFU, peak memory. What was not measured is null, never 0.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+from typing import Any, Protocol
+
+from vchitect_fast.errors import UserError
+from vchitect_fast.files import write_text
+
+
+class Writer(Protocol):
+    """A place for scalars."""
+
+    def scalars(self, values: dict[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Log:
+    """Appends events to log.jsonl and hands the numbers of each to the other writers."""
+
+    def __init__(self, run: Path, *, tensorboard: bool = False, wandb_project: str | None = None) -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        self.path = run / "log.jsonl"
+        self._file = self.path.open("a", encoding="utf-8")
+        self._writers: list[Writer] = []
+        if tensorboard:
+            self._writers.append(_TensorBoard(run / "tensorboard"))
+        if wandb_project:
+            self._writers.append(_WandB(wandb_project, run))
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """One event; every value must be JSON."""
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+        numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
+        for writer in self._writers:
+            writer.scalars(numbers, step)
+
+    def close(self) -> None:
+        """Flush and close all writers."""
+        self._file.close()
+        for writer in self._writers:
+            writer.close()
+
+
+def read_log(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """Events of a run's log.jsonl, all or of one kind."""
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [event for event in events if kind in (None, event["kind"])]
+
+
+def rewind_log(run: Path, step: int) -> None:
+    """Drop the events after `step`, and a line cut short by a kill, before a run resumes there."""
+    path = run / "log.jsonl"
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # only the last line of a killed run can be torn: each line is written and flushed whole
+        if event["step"] <= step:
+            kept.append(line)
+    write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def peak_bytes(device_kind: str) -> int:
+    """Most memory used so far: on a GPU what torch allocated, on a CPU the resident bytes of the process."""
+    if device_kind == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("tensorboard=true needs TensorBoard; pip install 'vchitect-fast[tensorboard]'.") from None
+        self._writer = SummaryWriter(str(folder))
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    def __init__(self, project: str, run: Path) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("wandb_project needs Weights & Biases; pip install 'vchitect-fast[wandb]'.") from None
+        self._run = wandb.init(project=project, name=run.name, dir=str(run), resume="allow", id=run.name)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
