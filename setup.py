@@ -35,7 +35,9 @@ def cmake_command() -> str:
     except ImportError:
         found = shutil.which("cmake")
         if not found:
-            raise SystemExit("expected CMake >= 3.24, found none; `pip install cmake`, or VCHITECT_FAST_EXT=0.") from None
+            raise SystemExit(
+                "expected CMake >= 3.24, found none; `pip install cmake`, or VCHITECT_FAST_EXT=0."
+            ) from None
         return found
     return str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
 

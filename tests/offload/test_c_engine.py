@@ -1,0 +1,147 @@
+"""The C++ engine through its binding: bytes come back as they left, errors are Python's, threads do not disturb each other.
+
+pytest tests/offload/test_c_engine.py; the laws inside C++ are held by csrc/tests (ctest).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+_C = pytest.importorskip("vchitect_fast._C", reason="built with VCHITECT_FAST_EXT=0")
+
+MIB = 2**20
+
+
+def random_bytes(num_bytes: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, num_bytes, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("num_bytes", [1, 4095, 4096, 4097, 3 * MIB])
+@pytest.mark.parametrize("alignment", [256, 4096])
+def test_round_trip_is_bitwise(num_bytes: int, alignment: int) -> None:
+    engine = _C.Engine(budget_bytes=4 * MIB, alignment=alignment)
+    original = random_bytes(num_bytes, seed=num_bytes)
+    source, target = original.copy(), np.zeros_like(original)
+    ticket = engine.offload(source.ctypes.data, num_bytes)
+    engine.wait(ticket)
+    source[:] = 0  # the engine holds its own copy from here on
+    engine.prefetch(ticket, target.ctypes.data)
+    engine.wait(ticket)
+    np.testing.assert_array_equal(target, original)
+    engine.release(ticket)
+    assert engine.stats()["num_slots"] == 0
+
+
+def test_copies_a_torch_tensor() -> None:
+    torch = pytest.importorskip("torch")
+    engine = _C.Engine(budget_bytes=MIB)
+    source = torch.randn(123, 45, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    ticket = engine.offload(source.data_ptr(), source.nbytes)
+    engine.prefetch(ticket, target.data_ptr())
+    engine.release(ticket)
+    assert torch.equal(target.view(torch.int16), source.view(torch.int16))
+
+
+def test_threads_share_one_engine() -> None:
+    engine = _C.Engine(budget_bytes=16 * MIB)
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            for round_ in range(40):
+                source = random_bytes(1 + 997 * (seed + round_), seed * 1000 + round_)
+                target = np.zeros_like(source)
+                ticket = engine.offload(source.ctypes.data, source.nbytes)
+                engine.prefetch(ticket, target.ctypes.data)
+                engine.wait(ticket)
+                engine.release(ticket)
+                np.testing.assert_array_equal(target, source)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    stats = engine.stats()
+    assert (stats["num_allocations"], stats["used_bytes"], stats["num_free_ranges"]) == (240, 0, 1)
+
+
+def test_waiting_leaves_the_interpreter_free() -> None:
+    """While one thread waits for 256 MiB to arrive, another must get to run Python."""
+    num_bytes = 256 * MIB
+    engine = _C.Engine(budget_bytes=num_bytes)
+    source = np.zeros(num_bytes, dtype=np.uint8)
+    ticket = engine.offload(source.ctypes.data, num_bytes)
+    ticks, waiting = 0, threading.Event()
+
+    def wait() -> None:
+        engine.wait(ticket)
+        waiting.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    while not waiting.is_set():
+        ticks += 1
+        time.sleep(0.0005)
+    thread.join()
+    assert ticks > 5
+
+
+def test_budget_error_says_what_is_needed_and_loses_nothing() -> None:
+    engine = _C.Engine(budget_bytes=8192)
+    source = random_bytes(8192, seed=1)
+    held = engine.offload(source.ctypes.data, 4096)
+    with pytest.raises(_C.BudgetError, match="4096 of 8192 bytes free.*at least 12288 bytes"):
+        engine.offload(source.ctypes.data, 8192)
+    target = np.zeros(4096, dtype=np.uint8)
+    engine.prefetch(held, target.ctypes.data)
+    engine.wait(held)
+    np.testing.assert_array_equal(target, source[:4096])
+    assert engine.stats()["high_water_bytes"] == 4096
+
+
+def test_dead_tickets_are_refused() -> None:
+    engine = _C.Engine(budget_bytes=4096)
+    source = random_bytes(10, seed=2)
+    ticket = engine.offload(source.ctypes.data, source.nbytes)
+    engine.release(ticket)
+    with pytest.raises(_C.TicketError, match=f"ticket {ticket} was released already"):
+        engine.release(ticket)
+    with pytest.raises(_C.TicketError, match="never given out"):
+        engine.wait(ticket + 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"budget_bytes": 0}, "positive multiple of 4096"),
+        ({"budget_bytes": 5000}, "positive multiple of 4096"),
+        ({"budget_bytes": 4096, "alignment": 64}, "256 or 4096"),
+    ],
+)
+def test_rejected_pools(arguments: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _C.Engine(**arguments)
+
+
+def test_rejected_addresses() -> None:
+    engine = _C.Engine(budget_bytes=4096)
+    with pytest.raises(ValueError, match="null pointer"):
+        engine.offload(0, 16)
+    with pytest.raises(ValueError, match="at least 1 byte"):
+        engine.offload(np.zeros(1).ctypes.data, 0)
+
+
+def test_build_info_tells_how_it_was_built() -> None:
+    info = _C.build_info()
+    assert set(info) == {"compiler", "flags", "sanitize", "cuda"}
+    assert info["compiler"] and "-std=c++17" in info["flags"]
+    assert info["cuda"] is False
