@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vchitect_fast.errors import UserError
+from vchitect_fast.files import write_text
 
 SCHEMA_VERSION = 1
 
@@ -22,10 +22,12 @@ SCHEMA_VERSION = 1
 class Timing:
     """Seconds of one op on one device, median over repeats: a point that cost models interpolate between.
 
-    linear     rows x width times width x width, with bias; backward gives the gradients of input, weight and bias
-    attention  scaled_dot_product_attention, `rows` query rows in sequences of `length`, width = heads x head dim
-    multiply, gelu, layer_norm, copy   over rows x width elements (copy: a transpose made contiguous)
-    adamw      one fused AdamW update of rows x width fp32 parameters; forward_s only
+    linear      [rows, width] x [width, width] with bias; backward gives the gradients of input, weight and bias
+    attention   scaled_dot_product_attention: `rows` query rows of `width` = heads x head dim in sequences of `length`
+    multiply    a * b into new memory, [rows, width]
+    gelu, layer_norm   [rows, width], layer_norm over width
+    adamw       one fused AdamW update of rows x width fp32 parameters
+    view        one operation that moves no data
     """
 
     op: str
@@ -33,7 +35,7 @@ class Timing:
     rows: int
     width: int
     forward_s: float
-    backward_s: float
+    backward_s: float | None = None  # None: the op has none, or nobody asked
     length: int = 0
     num_repeats: int = 1
     spread: float = 0.0  # (p90 - p10) / median of the repeats: how quiet the machine was
@@ -103,13 +105,7 @@ class Cluster:
 
     def save(self, path: str | Path) -> None:
         """Write the cluster as JSON: to a temporary name, synced, then renamed."""
-        partial = Path(f"{path}.partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w") as file:
-            json.dump(self.to_json(), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_text(path, json.dumps(self.to_json(), indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> Cluster:

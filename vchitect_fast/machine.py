@@ -39,12 +39,9 @@ def host_memory_bytes() -> int:
 
 def available_memory_bytes() -> int:
     """Main memory that can be taken now without swapping, within the control group's limit."""
-    free = [limit - used for limit, used in _control_groups()]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-        free.append(int(fields["MemAvailable"].split()[0]) * 1024)
-    return max(0, min(free, default=host_memory_bytes()))
+    import psutil
+
+    return max(0, min([psutil.virtual_memory().available, *(limit - used for limit, used in _control_groups())]))
 
 
 def resident_bytes() -> int:

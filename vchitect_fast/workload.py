@@ -60,20 +60,35 @@ class Workload:
         """Model FLOPs of forward and backward: three forwards."""
         return 3 * self.forward_flops()
 
-    def saved_bytes_per_block(self, element_bytes: int) -> int:
+    def saved_bytes_per_block(self, element_bytes: int, *, last: bool = False, statistics_bytes: int | None = None) -> int:
         """Bytes that one block of the plain reference path saves for backward when nothing is recomputed.
 
-        Counted by hand from model/blocks.py in units of [rows, D]; tests/test_workload.py counts the same with
-        saved-tensor hooks. Attention statistics (one fp32 a row, head and branch) are included.
+        Counted from model/blocks.py in units of [rows, D], its input included; tests/test_workload.py counts the same with
+        saved-tensor hooks. `last`: the last block has no text output. `statistics_bytes`: of a LayerNorm's mean or rstd,
+        the element's on a CPU and 4 on a GPU.
         """
-        d, heads = self.config.hidden_dim, self.config.num_attention_heads
-        return element_bytes * d * (SAVED_VISUAL * self.visual_rows + SAVED_TEXT * self.text_rows) + 4 * heads * 3 * self.rows
+        config, d = self.config, self.config.hidden_dim
+        text = SAVED_TEXT_LAST if last else SAVED_TEXT
+        rows = SAVED_VISUAL * self.visual_rows + text * self.text_rows + SAVED_JOINT * self.rows
+        if self.batch * self.shape.num_frames == 1:  # a slice of the joint rows is then a view of what is saved anyway
+            rows += self.text_rows - self.visual_rows if last else -self.rows
+        norms = 4 * self.visual_rows + (2 if last else 4) * self.text_rows  # mean and rstd of each LayerNorm
+        modulation = (12 if last else 19) * self.batch * d  # chunks, 1 + scale, SiLU of temb; temb itself
+        softmax = 4 * 3 * config.num_attention_heads * self.rows  # fp32 log-sum-exp of each branch
+        rotary = 4 * self.shape.num_frames * config.attention_head_dim  # fp32 cos and sin
+        return element_bytes * (d * rows + modulation) + (statistics_bytes or element_bytes) * norms + softmax + rotary
 
     def block_input_bytes(self, element_bytes: int) -> int:
         """Bytes of one block's input, visual and text rows: all that a recomputed block keeps."""
         return element_bytes * self.config.hidden_dim * self.rows
 
 
-# Tensors of [rows, D] that a reference block saves, visual and text; see Workload.saved_bytes_per_block.
-SAVED_VISUAL = 32
-SAVED_TEXT = 28
+# Tensors of [rows, D] that a reference block saves; see Workload.saved_bytes_per_block. Joint rows: q, k, v and output of
+# the spatial and the temporal branch, q and output of the cross branch. Visual: 8 in the MLP (its 4D input and output of
+# GELU), two inputs and two outputs of LayerNorm, two modulated, two slices for the output projections, two gated. Text: the
+# same and the first frame's keys and values, which hold on to the whole text projections; in the last block the LayerNorm's
+# input and output, the modulated and those two.
+SAVED_VISUAL = 18
+SAVED_TEXT = 20
+SAVED_TEXT_LAST = 5
+SAVED_JOINT = 10

@@ -1,0 +1,249 @@
+"""Seconds of one training step by formula: work counted from the model's sizes, rates measured by the probe.
+
+    step = accumulation x (forward + backward + recompute) + optimizer
+    forward of a block = linear layers      2 D^2 [BTS (7+3+8) + BTN (3+3+8)] FLOPs        Workload.linear_flops
+                       + attention          4 D [BT J^2 + B J T^2 + B J T N] FLOPs         Workload.attention_flops
+                       + elementwise passes over [rows, D], counted in the reference block (table below)
+                       + operations that move no data x their overhead
+    backward  = the same list with the backward rates (linear and attention: twice the FLOPs)
+    recompute = one more forward of every block whose policy says so
+    optimizer = fused AdamW over all parameters + the passes over parameters that the loop adds
+
+A rate is interpolated between the probe's timings in log size. Not included: reading data, encoding video and text,
+logging, validation, saving. J = S + N joint tokens; the other letters as in workload.py. Layer 0 only.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from dataclasses import dataclass
+
+from vchitect_fast.cluster import Device, Timing
+from vchitect_fast.errors import UserError
+from vchitect_fast.workload import Workload
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Elementwise passes of one reference block over its rows x D, as counted (tests/autotune/test_cost.py counts again)."""
+
+    visual: int
+    text: int
+    joint: int
+    views: int  # operations that move no data
+
+
+# Products, sums, concatenations, copies and reductions that one block dispatches, each one pass; the backward of a slice is
+# two (zeros, then a copy); bias gradients belong to the linear layers.
+FORWARD_PASSES = Passes(visual=14, text=14, joint=17, views=144)
+BACKWARD_PASSES = Passes(visual=30, text=28, joint=20, views=272)
+# Last block: no text output, so its text rows stop at the branches.
+FORWARD_PASSES_LAST = Passes(visual=14, text=2, joint=17, views=122)
+BACKWARD_PASSES_LAST = Passes(visual=30, text=15, joint=14, views=228)
+FEED_FORWARD = 4  # the MLP is 4 D wide
+OPTIMIZER_PASSES = 3  # over the parameters, beside AdamW: gradient norm, clipping, zeroing
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Time of something, forward and backward."""
+
+    forward_s: float
+    backward_s: float
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(self.forward_s + other.forward_s, self.backward_s + other.backward_s)
+
+    def __mul__(self, times: float) -> Seconds:
+        return Seconds(times * self.forward_s, times * self.backward_s)
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Seconds of one step, all microbatches included."""
+
+    forward_s: float
+    backward_s: float
+    recompute_s: float
+    optimizer_s: float
+
+    @property
+    def step_s(self) -> float:
+        """The sum."""
+        return self.forward_s + self.backward_s + self.recompute_s + self.optimizer_s
+
+    def parts(self) -> dict[str, float]:
+        """By the names that the training log uses; recomputation happens inside its backward."""
+        return {
+            "forward_s": self.forward_s,
+            "backward_s": self.backward_s,
+            "recompute_s": self.recompute_s,
+            "optimizer_s": self.optimizer_s,
+        }
+
+
+class Rates:
+    """Seconds of single ops on one device, between the sizes that were measured.
+
+    Raises UserError when the device carries no timings.
+    """
+
+    def __init__(self, device: Device) -> None:
+        if not device.timings or device.op_overhead_s is None:
+            raise UserError(f"the cluster file has no timings of {device.name}; run `vchitect-fast autotune probe` on that machine.")
+        self.device = device
+        self._grids: dict[tuple[str, str], _Grid] = {}
+        for op, dtype in {(timing.op, timing.dtype) for timing in device.timings}:
+            self._grids[op, dtype] = _Grid([t for t in device.timings if (t.op, t.dtype) == (op, dtype)])
+
+    def linear(self, dtype: str, rows: int, fan_in: int, fan_out: int) -> Seconds:
+        """[rows, fan_in] -> [rows, fan_out] with bias; sized by the geometric mean of the widths."""
+        return self._of("linear", dtype, (rows, math.sqrt(fan_in * fan_out)))
+
+    def attention(self, dtype: str, rows: int, width: int, length: int) -> Seconds:
+        """`rows` queries of `width` = heads x head dim, each over `length` keys."""
+        return self._of("attention", dtype, (rows * width, length))
+
+    def elementwise(self, op: str, dtype: str, elements: int) -> Seconds:
+        """One pass of multiply, gelu, layer_norm, or one adamw update."""
+        return self._of(op, dtype, (elements,))
+
+    def of_timing(self, timing: Timing) -> Seconds:
+        """What these rates say about a measured point."""
+        return self._of(timing.op, timing.dtype, _coordinates(timing))
+
+    def _of(self, op: str, dtype: str, at: tuple[float, ...]) -> Seconds:
+        if (op, dtype) not in self._grids:
+            raise UserError(f"the cluster file has no timings of {op} in {dtype}; run `vchitect-fast autotune probe` again.")
+        return self._grids[op, dtype].seconds(at)
+
+
+def block_seconds(work: Workload, rates: Rates, dtype: str, *, last: bool = False) -> Seconds:
+    """Forward and backward of one block of the reference path, one microbatch."""
+    d, shape = work.config.hidden_dim, work.shape
+    visual, text, joint = work.visual_rows, work.text_rows, work.rows
+    frames, text_tokens = shape.num_frames, work.num_text_tokens
+    joint_tokens = shape.tokens_per_frame(work.config.patch_size) + text_tokens
+
+    linear = rates.linear(dtype, visual, d, d) * 9 + rates.linear(dtype, text, d, d) * (3 if last else 5)
+    linear += rates.linear(dtype, joint, d, d)  # to_out_context, visual and text rows alike
+    streams = [visual] if last else [visual, text]
+    for rows in streams:
+        linear += rates.linear(dtype, rows, d, FEED_FORWARD * d) * 2
+    linear += rates.linear(dtype, work.batch, d, 6 * d) + rates.linear(dtype, work.batch, d, (2 if last else 6) * d)
+
+    attention = Seconds(0.0, 0.0)
+    for length in (joint_tokens, frames, text_tokens):  # spatial, temporal, cross
+        attention += rates.attention(dtype, joint, d, length)
+
+    plain = Seconds(0.0, 0.0)
+    for rows in streams:
+        plain += rates.elementwise("gelu", dtype, rows * FEED_FORWARD * d)
+    plain += rates.elementwise("layer_norm", dtype, visual * d) * 2 + rates.elementwise("layer_norm", dtype, text * d) * (1 if last else 2)
+    ahead, behind = (FORWARD_PASSES_LAST, BACKWARD_PASSES_LAST) if last else (FORWARD_PASSES, BACKWARD_PASSES)
+    one = {rows: rates.elementwise("multiply", dtype, rows * d).forward_s for rows in {visual, text, joint}}
+
+    def swept(passes: Passes) -> float:
+        return passes.visual * one[visual] + passes.text * one[text] + passes.joint * one[joint]
+
+    overhead_s = rates.device.op_overhead_s or 0.0
+    kernels = linear + attention + plain + Seconds(swept(ahead), swept(behind))
+    host = Seconds(ahead.views * overhead_s, behind.views * overhead_s)
+    if rates.device.kind == "cuda":  # the host runs ahead of the device; the slower of the two is the time
+        return Seconds(max(kernels.forward_s, host.forward_s), max(kernels.backward_s, host.backward_s))
+    return kernels + host
+
+
+def ends_seconds(work: Workload, rates: Rates, dtype: str) -> Seconds:
+    """What surrounds the blocks: patch and text embedding, timestep, output norm and projection."""
+    config, d = work.config, work.config.hidden_dim
+    patch = config.patch_size**2 * config.in_channels
+    text_rows = work.batch * work.num_text_tokens
+    total = rates.linear(dtype, work.visual_rows, patch, d) + rates.linear(dtype, work.visual_rows, d, patch)
+    total += rates.linear(dtype, text_rows, config.joint_attention_dim, d)
+    total += rates.linear(dtype, work.batch, 256, d) + rates.linear(dtype, work.batch, config.pooled_projection_dim, d)
+    total += rates.linear(dtype, work.batch, d, d) * 2 + rates.linear(dtype, work.batch, d, 2 * d)
+    one = rates.elementwise("multiply", dtype, work.visual_rows * d).forward_s
+    return total + rates.elementwise("layer_norm", dtype, work.visual_rows * d) + Seconds(4 * one, 7 * one)
+
+
+def optimizer_seconds(work: Workload, rates: Rates, dtype: str, *, ema: bool) -> float:
+    """AdamW over fp32 masters, norm and clipping; the copy to the compute dtype and the EMA where there is one."""
+    number = work.config.num_parameters()
+    passes = OPTIMIZER_PASSES + (dtype != "float32") + ema
+    one = rates.elementwise("multiply", "float32", number).forward_s
+    return rates.elementwise("adamw", "float32", number).forward_s + passes * one
+
+
+def step_cost(
+    work: Workload, device: Device, dtype: str, *, num_recomputed: int, accumulation: int, ema: bool = True
+) -> StepCost:
+    """One training step.
+
+    work            one microbatch
+    dtype           of activations and matmuls, "float32" or "bfloat16"
+    num_recomputed  of the first blocks, run forward once more in backward
+    accumulation    microbatches a step
+    """
+    rates = Rates(device)
+    layers = work.config.num_layers
+    middle = block_seconds(work, rates, dtype)
+    last = block_seconds(work, rates, dtype, last=True)
+    passed = middle * (layers - 1) + last + ends_seconds(work, rates, dtype)
+    again = middle.forward_s * min(num_recomputed, layers - 1) + (last.forward_s if num_recomputed == layers else 0.0)
+    # Gradients of a microbatch are added to fp32 buffers, one pass over the parameters.
+    gathered = rates.elementwise("multiply", "float32", work.config.num_parameters()).forward_s
+    return StepCost(
+        forward_s=accumulation * passed.forward_s,
+        backward_s=accumulation * (passed.backward_s + gathered),
+        recompute_s=accumulation * again,
+        optimizer_s=optimizer_seconds(work, rates, dtype, ema=ema),
+    )
+
+
+def _coordinates(timing: Timing) -> tuple[float, ...]:
+    if timing.op == "linear":
+        return (timing.rows, timing.width)
+    if timing.op == "attention":
+        return (timing.rows * timing.width, timing.length)
+    return (timing.rows * timing.width,)
+
+
+class _Grid:
+    """Timings of one op on a complete grid; seconds are interpolated linearly between logarithms, axis by axis.
+
+    Beyond the largest size the rate stays that of the largest; below the smallest the time stays that of the smallest.
+    """
+
+    def __init__(self, timings: list[Timing]) -> None:
+        self.exponents = {"linear": (1, 2), "attention": (1, 1)}.get(timings[0].op, (1,))
+        self.points = {_coordinates(timing): timing for timing in timings}
+        self.axes = [sorted({at[axis] for at in self.points}) for axis in range(len(self.exponents))]
+        if len(self.points) != math.prod(len(axis) for axis in self.axes):
+            raise UserError(f"the timings of {timings[0].op} do not form a grid; run `vchitect-fast autotune probe` again.")
+
+    def seconds(self, at: tuple[float, ...]) -> Seconds:
+        above = 1.0  # work beyond the largest size, at the largest size's rate
+        inside = []
+        for value, axis, exponent in zip(at, self.axes, self.exponents, strict=True):
+            inside.append(min(max(value, axis[0]), axis[-1]))
+            above *= max(1.0, value / axis[-1]) ** exponent
+        return self._between((), inside) * above
+
+    def _between(self, fixed: tuple[float, ...], rest: list[float]) -> Seconds:
+        if not rest:
+            point = self.points[fixed]
+            return Seconds(point.forward_s, point.backward_s or 0.0)
+        axis, value = self.axes[len(fixed)], rest[0]
+        high = min(bisect.bisect_left(axis, value), len(axis) - 1)
+        low = max(0, high - 1) if axis[high] != value else high
+        if low == high:
+            return self._between((*fixed, axis[low]), rest[1:])
+        weight = math.log(value / axis[low]) / math.log(axis[high] / axis[low])
+        below, beyond = self._between((*fixed, axis[low]), rest[1:]), self._between((*fixed, axis[high]), rest[1:])
+        return Seconds(_mix(below.forward_s, beyond.forward_s, weight), _mix(below.backward_s, beyond.backward_s, weight))
+
+
+def _mix(a: float, b: float, weight: float) -> float:
+    return math.exp((1 - weight) * math.log(a) + weight * math.log(b)) if a > 0 and b > 0 else 0.0
