@@ -10,10 +10,14 @@ from __future__ import annotations
 import json
 import resource
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol
 
 from vchitect_fast.errors import UserError
 from vchitect_fast.files import write_text
+
+COMPUTE_TIMINGS = ("forward_s", "backward_s", "optimizer_s")
+TIMINGS = ("data_s", "encode_s", *COMPUTE_TIMINGS)
 
 
 class Writer(Protocol):
@@ -72,6 +76,27 @@ def rewind_log(run: Path, step: int) -> None:
         if event["step"] <= step:
             kept.append(line)
     write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def measured(run: Path) -> dict[str, dict[str, float]]:
+    """By shape: the median of each timing over the run's steps (the first of each shape left out, it warms up), and the peak.
+
+    Keys as in Prediction: step_s, forward_s, backward_s, optimizer_s, and data_s, encode_s, mfu, peak_gib. `step_s` is
+    without data and encode, which the Plan does not predict.
+    """
+    by_shape: dict[str, list[dict[str, Any]]] = {}
+    for event in read_log(run, "step"):
+        by_shape.setdefault(event["shape"], []).append(event)
+    result = {}
+    for shape, events in by_shape.items():
+        warm = events[1:] or events
+        values = {name: median(event[name] for event in warm) for name in TIMINGS}
+        values["step_s"] = median(sum(event[name] for name in COMPUTE_TIMINGS) for event in warm)
+        values["peak_gib"] = max(event["peak_gib"] for event in events)
+        if all(event["mfu"] is not None for event in warm):
+            values["mfu"] = median(event["mfu"] for event in warm)
+        result[shape] = values
+    return result
 
 
 def peak_bytes(device_kind: str) -> int:

@@ -1,0 +1,203 @@
+"""Videos from prompts: noise -> Euler steps with guidance -> latents -> frames -> an mp4 and a filmstrip PNG.
+
+A Pipeline is what sampling needs together: a velocity, a latent codec and a text encoder. `vchitect-fast sample` loads one
+from a folder that `train` or `export` wrote (its pipeline.json names codec and text encoder) or from a released folder.
+A codec or text encoder is never guessed: where the folder does not name one, the command asks for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vchitect_fast.architecture import TransformerConfig
+from vchitect_fast.config import TrainConfig
+from vchitect_fast.data import write_video
+from vchitect_fast.errors import UserError
+from vchitect_fast.files import whole_file
+from vchitect_fast.model import VchitectTransformer
+from vchitect_fast.model.flow import GUIDANCE_KINDS, Velocity, sample_latents
+from vchitect_fast.model.text import TextEncoder, load_text_encoder
+from vchitect_fast.model.vae import Codec, load_codec
+from vchitect_fast.model.weights import read_json
+from vchitect_fast.shapes import VideoShape
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PIPELINE_FILE = "pipeline.json"
+
+
+@dataclass
+class Pipeline:
+    """Velocity, codec and text encoder on one device."""
+
+    velocity: Velocity
+    config: TransformerConfig
+    codec: Codec
+    text_encoder: TextEncoder
+    device: torch.device
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        shape: VideoShape,
+        *,
+        seeds: Sequence[int],
+        num_steps: int = 30,
+        guidance: float = 4.0,
+        guidance_kind: str = "constant",
+        shift: float = 1.0,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """uint8 [B, T, H, W, 3], one video a prompt; each depends on its own seed only, not on its neighbours."""
+        from rich.progress import track
+
+        size = (shape.num_frames, self.config.in_channels, shape.latent_height, shape.latent_width)
+        noise = torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        steps = sample_latents(
+            self.velocity, noise.to(self.device), self._embed(prompts), self._embed([""]),
+            num_steps=num_steps, shift=shift, guidance=guidance, guidance_kind=guidance_kind,
+        )  # fmt: skip
+        latents = noise
+        for latents in track(steps, "sampling", total=num_steps, disable=not progress, transient=True):
+            pass
+        with torch.no_grad():
+            video = self.codec.decode(latents)
+        frames = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return frames.permute(0, 1, 3, 4, 2).cpu().numpy()
+
+    def write_samples(self, prompts: Sequence[str], shape: VideoShape, stem: Path, config: TrainConfig) -> Path:
+        """Samples of a training run as `<stem>-<k>.mp4` and one filmstrip `<stem>.png`; returns the filmstrip's path."""
+        videos = self.generate(prompts, shape, seeds=range(len(prompts)), guidance=1.0, shift=config.shift)
+        for index, frames in enumerate(videos):
+            write_video(stem.with_name(f"{stem.name}-{index}.mp4"), frames, config.fps)
+        return save_filmstrip(dict(zip(prompts, videos, strict=True)), stem.with_suffix(".png"))
+
+    def _embed(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        text, pooled = self.text_encoder.encode(list(prompts))
+        return text.to(self.device), pooled.to(self.device)
+
+    @classmethod
+    def load(cls, folder: Path, codec: str | None, text_encoder: str | None, device: torch.device) -> Pipeline:
+        """From a model folder; `codec` and `text_encoder` override what its pipeline.json or its subfolders give."""
+        model = VchitectTransformer.from_pretrained(folder)
+        model.to(device).requires_grad_(False).eval()
+        if device.type == "cuda":
+            model.to(torch.bfloat16)
+        settings = pipeline_settings(folder)
+        codec = codec or settings.get("codec")
+        text_encoder = text_encoder or settings.get("text_encoder")
+        if codec is None or text_encoder is None:
+            lacking = " and ".join(n for n, v in (("--codec", codec), ("--text-encoder", text_encoder)) if v is None)
+            raise UserError(f"{folder} does not name its latent codec and text encoder; give {lacking} (a folder with SD3's, or dct and hash).")
+        return cls(
+            model,
+            model.config,
+            load_codec(codec, device=str(device)),
+            load_text_encoder(
+                text_encoder, width=model.config.joint_attention_dim,
+                pooled_width=model.config.pooled_projection_dim, device=str(device),
+            ),
+            device,
+        )  # fmt: skip
+
+
+def pipeline_settings(folder: Path) -> dict[str, object]:
+    """What a folder says of its pipeline: pipeline.json, or the subfolders of a diffusers pipeline."""
+    if (folder / PIPELINE_FILE).exists():
+        return read_json(folder / PIPELINE_FILE)
+    settings: dict[str, object] = {}
+    if (folder / "vae").is_dir():
+        settings["codec"] = str(folder)
+    if (folder / "text_encoder").is_dir():
+        settings["text_encoder"] = str(folder)
+    return settings
+
+
+def filmstrip(rows: dict[str, np.ndarray], max_frames: int = 8, caption_height: int = 18) -> Image:
+    """Videos [T, H, W, 3] uint8 as one picture: a row a video under its caption, frames spread over its length."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    strips = []
+    for frames in rows.values():
+        picks = np.linspace(0, len(frames) - 1, min(max_frames, len(frames))).round().astype(int)
+        strips.append(np.concatenate([np.pad(frames[i], ((0, 0), (0, 2), (0, 0)), constant_values=255) for i in picks], axis=1))
+    width = max(strip.shape[1] for strip in strips)
+    height = sum(strip.shape[0] + caption_height for strip in strips)
+    picture = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
+    top = 0
+    for caption, strip in zip(rows, strips, strict=True):
+        fits = caption
+        while fits and draw.textlength(fits, font=font) > width - 8:
+            fits = fits[:-1]
+        draw.text((2, top + 2), fits, fill="black", font=font)
+        picture.paste(Image.fromarray(strip), (0, top + caption_height))
+        top += strip.shape[0] + caption_height
+    return picture
+
+
+def save_filmstrip(rows: dict[str, np.ndarray], path: Path) -> Path:
+    """Write `filmstrip(rows)` as a PNG, whole or not at all."""
+    with whole_file(path) as partial:
+        filmstrip(rows).save(partial)
+    return path
+
+
+def psnr_db(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of two uint8 videos of one shape; infinite where they are equal."""
+    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
+    return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
+
+
+EXAMPLE = "example: vchitect-fast sample --model runs/train/model --prompt 'a cyclist on a road' --shape 8x128x64 --out x.mp4"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `vchitect-fast sample`."""
+    parser.epilog = EXAMPLE
+    parser.add_argument("--model", required=True, type=Path, help="folder of config.json and safetensors")
+    parser.add_argument("--prompt", required=True, help="what the video shows")
+    parser.add_argument("--out", required=True, type=Path, help="mp4 to write; the filmstrip goes beside it as .png")
+    parser.add_argument("--shape", help="frames x width x height in pixels (default: the shape it was trained on)")
+    parser.add_argument("--steps", type=int, default=30, help="Euler steps (default 30)")
+    parser.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance, 1 = none (default 4)")
+    parser.add_argument("--guidance-kind", choices=GUIDANCE_KINDS, default="constant", help="constant, or the release's formula (parity only)")
+    parser.add_argument("--shift", type=float, help="resolution shift of the noise levels (default: as trained, else 3)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    parser.add_argument("--fps", type=float, help="frames a second of the mp4 (default: as trained, else 8)")
+    parser.add_argument("--codec", help='"dct" or a folder with SD3\'s AutoencoderKL (default: what the model folder names)')
+    parser.add_argument("--text-encoder", help='"hash" or a folder with SD3\'s text encoders (default: what the model folder names)')
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`vchitect-fast sample`."""
+    settings = pipeline_settings(args.model)
+    asked = args.shape or settings.get("shape")
+    if asked is None:
+        raise UserError(f"{args.model} does not say which shape it was trained on; give --shape, for example 16x512x288.")
+    shape, note = VideoShape.parse(str(asked))
+    if note:
+        print(note)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = Pipeline.load(args.model, args.codec, args.text_encoder, device)
+    frames = pipeline.generate(
+        [args.prompt], shape, seeds=[args.seed], num_steps=args.steps, guidance=args.guidance,
+        guidance_kind=args.guidance_kind, shift=float(args.shift or settings.get("shift") or 3.0), progress=not args.json,
+    )[0]  # fmt: skip
+    fps = float(args.fps or settings.get("fps") or 8.0)
+    write_video(args.out, frames, fps)
+    strip = save_filmstrip({args.prompt: frames}, args.out.with_suffix(".png"))
+    result = {"video": str(args.out), "filmstrip": str(strip), "shape": str(shape), "fps": fps, "seed": args.seed, "steps": args.steps}
+    print(json.dumps(result) if args.json else f"{shape} at {fps:g} frames/s: {args.out}, filmstrip {strip}")
+    return 0

@@ -1,0 +1,362 @@
+"""Training, top to bottom: config -> Plan -> model -> data -> steps. One process; obeys the Plan.
+
+Every random draw (noise level, noise, caption dropout) comes from a generator seeded by (seed, step, microbatch), so a run
+that was stopped, even by kill -9, and resumed ends with the same parameters bit by bit, and no generator state is stored.
+It never chooses a layout: what to recompute, how to split the batch and in which dtype to compute is the Plan's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from vchitect_fast import checkpoint
+from vchitect_fast.architecture import PRESETS, TransformerConfig, preset
+from vchitect_fast.config import TrainConfig, describe_fields
+from vchitect_fast.data import Batch, VideoData
+from vchitect_fast.ema import EMA
+from vchitect_fast.errors import UserError
+from vchitect_fast.export import export_checkpoint
+from vchitect_fast.machine import this_device
+from vchitect_fast.manifest import read_manifest
+from vchitect_fast.metrics import Log, measured, peak_bytes, rewind_log
+from vchitect_fast.model import VchitectTransformer
+from vchitect_fast.model.flow import draw_sigma, drop_captions, flow_loss
+from vchitect_fast.model.text import load_text_encoder
+from vchitect_fast.model.vae import load_codec
+from vchitect_fast.model.weights import read_json
+from vchitect_fast.optimizer import MasterAdamW
+from vchitect_fast.plan import Plan
+from vchitect_fast.sample import Pipeline
+from vchitect_fast.train_console import Console, print_summary
+from vchitect_fast.workload import Workload
+
+VALIDATION_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
+NUM_VALIDATION_CLIPS = 8
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Run `config.steps` optimizer steps, or those that are left. Returns the summary that ends log.jsonl.
+
+    Raises UserError for anything the user can mend, before the first step where it can be known then.
+    """
+    run = Path(config.out)
+    plan = Plan.load(config.plan)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(config.seed)
+    model = build_model(config)
+    plan.check(model=model.config.fingerprint(), device=this_device().fingerprint())
+    model.to(device)
+    for parameter in model.parameters():  # not the position grid, which stays fp32
+        parameter.data = parameter.data.to(getattr(torch, plan.compute_dtype))
+    optimizer = MasterAdamW(model, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2))
+    ema = EMA(optimizer.masters, config.ema_decay)
+    tensors = run_tensors(model, optimizer, ema)
+    start = resume(config, tensors)
+    optimizer.copy_masters()
+
+    codec = load_codec(config.codec, device=str(device), mini_batch=plan.entries[0].vae_mini_batch)
+    width, pooled_width = model.config.joint_attention_dim, model.config.pooled_projection_dim
+    text_encoder = load_text_encoder(config.text_encoder, width=width, pooled_width=pooled_width, device=str(device))
+    if text_encoder.num_tokens != plan.num_text_tokens:
+        raise UserError(
+            f"this Plan is for {plan.num_text_tokens} text tokens, the text encoder {config.text_encoder!r} gives "
+            f"{text_encoder.num_tokens}; run `vchitect-fast autotune --text-tokens {text_encoder.num_tokens}`."
+        )
+    batches = {entry.video_shape: entry.microbatch * entry.accumulation for entry in plan.entries}
+
+    def open_data(manifest: str) -> VideoData:
+        return VideoData(
+            read_manifest(manifest), batches, seed=config.seed, fps=config.fps, codec=codec, text_encoder=text_encoder,
+            cache=Path(config.cache) if config.cache else None, device=device,
+        )  # fmt: skip
+
+    run.mkdir(parents=True, exist_ok=True)
+    config.save(run / "run.yaml")
+    log = Log(run, tensorboard=config.tensorboard, wandb_project=config.wandb_project)
+    with open_data(config.manifest) as data, stop_on_sigterm() as stop, Console(config, plan, model, start) as console:
+        empty = text_encoder.encode([""])
+        trainer = Step(config, plan, model, optimizer, ema, empty)
+        pipeline = Pipeline(ema_velocity(model, ema), model.config, codec, text_encoder, device)
+        validate = validation(config, open_data, pipeline)
+        try:
+            if start == 0:
+                log.write("start", 0, config=asdict(config), plan=config.plan, num_parameters=model.config.num_parameters())
+            if start == 0 and config.validate_every:
+                console.validated(log_validation(log, 0, validate))
+            done = start
+            for step in range(start, config.steps):
+                record = trainer(step, data.batch(step))
+                log.write("step", step + 1, **record)
+                console.stepped(step + 1, record)
+                done = step + 1
+                last = done == config.steps or stop.requested
+                if due(done, config.validate_every) or (config.validate_every and done == config.steps):
+                    console.validated(log_validation(log, done, validate))
+                if due(done, config.sample_every):
+                    path = run / "samples" / f"step-{done:08d}"
+                    written = pipeline.write_samples(data.captions(4), plan.entries[0].video_shape, path, config)
+                    log.write("sample", done, path=str(written))
+                if due(done, config.save_every) or last:
+                    state = {"model": model.config.to_dict(), "config": asdict(config), "shape": plan.entries[0].shape}
+                    folder = checkpoint.save(run, done, tensors, state, config.keep_last)
+                    log.write("checkpoint", done, path=str(folder))
+                    console.saved(folder)
+                if stop.requested:
+                    break
+            newest = checkpoint.latest(run)
+            summary = {"measured": measured(run), "skipped": dict(data.skipped), "checkpoint": str(newest) if newest else None}
+            log.write("done", done, **summary)
+        finally:
+            log.close()
+    if done == config.steps:
+        summary["model"] = str(export_checkpoint(Path(summary["checkpoint"]), run / "model"))
+    return {"step": done, **summary}
+
+
+@dataclass
+class Step:
+    """One optimizer step on one batch: microbatches forward and backward, clip, update, average."""
+
+    config: TrainConfig
+    plan: Plan
+    model: VchitectTransformer
+    optimizer: MasterAdamW
+    ema: EMA
+    empty: tuple[Tensor, Tensor]  # text and pooled embeddings of the empty caption
+
+    def __call__(self, step: int, batch: Batch) -> dict[str, Any]:
+        """Returns the step's log record; UserError when the loss is not finite."""
+        config, entry = self.config, self.plan.entry(batch.shape)
+        self.model.set_policy(entry.policy)
+        self.model.attention_backend = entry.attention
+        clock = Clock(batch.latents.device)
+        losses = []
+        for micro in range(entry.accumulation):
+            rows = slice(micro * entry.microbatch, (micro + 1) * entry.microbatch)
+            latents = batch.latents[rows]
+            generator = generator_of(config.seed, step, micro)
+            sigma = draw_sigma(config.timestep_sampling, len(latents), config.shift, generator)
+            noise = torch.randn(latents.shape, generator=generator).to(latents)
+            text, pooled = drop_captions(
+                batch.text_embeds[rows], batch.pooled[rows], self.empty, config.caption_dropout, generator
+            )
+            loss = flow_loss(self.model, latents, text, pooled, sigma, noise).mean() / entry.accumulation
+            clock.lap("forward_s")
+            loss.backward()
+            clock.lap("backward_s")
+            losses.append(loss.detach())
+        rate = learning_rate(config, step)
+        norm = self.optimizer.step(rate, config.clip_norm)
+        self.ema.update(step)
+        clock.lap("optimizer_s")
+        loss = float(torch.stack(losses).sum())
+        if not math.isfinite(loss):
+            clips = ", ".join(str(clip.path) for clip in batch.clips)
+            raise UserError(f"the loss of step {step + 1} is {loss} (clips: {clips}); lower learning_rate or look at these clips.")
+        seconds = {"data_s": batch.data_s, "encode_s": batch.encode_s, **clock.seconds}
+        step_s = sum(seconds.values())
+        work = Workload(self.model.config, batch.shape, entry.microbatch, self.plan.num_text_tokens)
+        flops = work.train_flops() * entry.accumulation
+        return {
+            "loss": loss, "grad_norm": float(norm), "learning_rate": rate, "shape": str(batch.shape), "step_s": step_s, **seconds,
+            "tokens_per_s": work.visual_rows * entry.accumulation / step_s, "model_flops": flops,
+            "mfu": flops / step_s / self.plan.peak_flops if self.plan.peak_flops else None,
+            "peak_gib": peak_bytes(batch.latents.device.type) / 2**30,
+        }  # fmt: skip
+
+
+class Clock:
+    """Adds up the seconds between laps by name; waits for the GPU so that a lap holds the work it is named after."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.seconds: dict[str, float] = {}
+        self._last = self._now()
+
+    def lap(self, name: str) -> None:
+        """Book the time since the last lap under `name`."""
+        now = self._now()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def build_model(config: TrainConfig) -> VchitectTransformer:
+    """From SD3, from a folder, or a preset with random weights."""
+    if config.init_from_sd3:
+        return VchitectTransformer.init_from_sd3(config.init_from_sd3)
+    if config.model in PRESETS:
+        return VchitectTransformer(preset(config.model))
+    if not Path(config.model).is_dir():
+        raise preset_or_folder(config.model)
+    return VchitectTransformer.from_pretrained(config.model)
+
+
+def preset_or_folder(name: str) -> UserError:
+    """What to say when `name` is neither."""
+    return UserError(f"{name!r} is neither a model folder nor a preset; presets are {', '.join(PRESETS)}.")
+
+
+def run_tensors(model: VchitectTransformer, optimizer: MasterAdamW, ema: EMA) -> dict[str, Tensor]:
+    """All that a checkpoint holds, by flat name, sharing storage with the run."""
+    return {
+        **{f"model.{name}": tensor for name, tensor in model.named_buffers()},
+        **{f"model.{name}": tensor.detach() for name, tensor in optimizer.masters.items()},
+        **{f"optimizer.{name}": tensor for name, tensor in optimizer.state().items()},
+        **{f"ema.{name}": tensor for name, tensor in ema.average.items()},
+    }
+
+
+def resume(config: TrainConfig, tensors: dict[str, Tensor]) -> int:
+    """Load the newest checkpoint of `config.out`, if any, into `tensors`; returns the steps already done."""
+    run = Path(config.out)
+    newest = checkpoint.latest(run)
+    if newest is None:
+        rewind_log(run, -1)
+        return 0
+    if not config.resume:
+        raise UserError(f"resume=false, but {run} holds {newest.name}; choose another out= or remove that folder.")
+    state = checkpoint.load(newest, tensors)
+    if state["config"]["seed"] != config.seed:
+        raise UserError(f"{newest} was trained with seed {state['config']['seed']}, got seed {config.seed}; use the same seed or another out=.")
+    rewind_log(run, state["step"])
+    return int(state["step"])
+
+
+def generator_of(seed: int, step: int, microbatch: int) -> torch.Generator:
+    """The CPU generator of all draws of one microbatch."""
+    digest = hashlib.sha256(f"{seed}/{step}/{microbatch}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, then constant or half a cosine down to 0 at `config.steps`."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    if config.schedule == "constant" or step < config.warmup_steps:
+        return config.learning_rate * warm
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def ema_velocity(model: VchitectTransformer, ema: EMA) -> Callable[..., Tensor]:
+    """The model's forward with the averaged weights in place of its own."""
+
+    def velocity(*inputs: Tensor) -> Tensor:
+        dtype = model.proj_out.weight.dtype
+        weights = {name: tensor.to(dtype) for name, tensor in ema.average.items()}
+        return functional_call(model, weights, inputs)
+
+    return velocity
+
+
+def validation(
+    config: TrainConfig, open_data: Callable[[str], VideoData], pipeline: Pipeline
+) -> Callable[[], dict[float, float]]:
+    """A function that gives the averaged model's loss at fixed noise levels on fixed clips with fixed noise."""
+    held: list[Batch] = []
+
+    @torch.no_grad()
+    def losses() -> dict[float, float]:
+        if not held:
+            with open_data(config.validation_manifest or config.manifest) as data:
+                held.extend(data.first_batches(NUM_VALIDATION_CLIPS))
+        result = {}
+        for sigma in VALIDATION_SIGMAS:
+            total = [
+                flow_loss(
+                    pipeline.velocity, batch.latents, batch.text_embeds, batch.pooled,
+                    torch.full((len(batch.latents),), sigma),
+                    torch.randn(batch.latents.shape, generator=generator_of(config.seed, -1, index)).to(batch.latents),
+                )
+                for index, batch in enumerate(held)
+            ]  # fmt: skip
+            result[sigma] = float(torch.cat(total).mean())
+        return result
+
+    return losses
+
+
+def log_validation(log: Log, step: int, losses: Callable[[], dict[float, float]]) -> dict[str, Any]:
+    """Measure, write and return the validation record."""
+    values = losses()
+    by_sigma = {str(sigma): value for sigma, value in values.items()}
+    record = {"step": step, "loss": sum(values.values()) / len(values), "by_sigma": by_sigma}
+    log.write("validation", step, loss=record["loss"], by_sigma=by_sigma)
+    return record
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps happens after this one; 0 means never."""
+    return bool(every) and step % every == 0
+
+
+@dataclass
+class StopRequest:
+    """Set by SIGTERM; the loop saves after the step it is in and ends."""
+
+    requested: bool = field(default=False)
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[StopRequest]:
+    """SIGTERM (a scheduler's notice) becomes a request instead of a death, for the time of the block."""
+    stop = StopRequest()
+
+    def handle(_signal: int, _frame: FrameType | None) -> None:
+        stop.requested = True
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `vchitect-fast train`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = (
+        f"fields of the run file, with defaults:\n{describe_fields()}\n\n"
+        "example run.yaml:\n  manifest: clips.jsonl\n  plan: plan.json\n  model: vchitect-tiny\n"
+        "example: vchitect-fast train run.yaml steps=500 learning_rate=3e-4"
+    )
+    parser.add_argument("run_file", help="YAML with the fields below")
+    parser.add_argument("overrides", nargs="*", metavar="name=value", help="fields that replace those of the file")
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object at the end")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`vchitect-fast train`: exit code 0 also when SIGTERM asked for a save and a stop."""
+    config = TrainConfig.load(args.run_file, args.overrides)
+    summary = train(config)
+    if args.json:
+        print(json.dumps(summary))
+    else:
+        print_summary(config, Plan.load(config.plan), summary)
+    return 0
+
+
+if __name__ == "__main__":  # torchrun -m vchitect_fast.train run.yaml
+    from vchitect_fast.cli import main
+
+    raise SystemExit(main(["train", *sys.argv[1:]]))

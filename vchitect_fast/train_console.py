@@ -1,0 +1,70 @@
+"""What a training run prints: a header, a progress bar on a terminal (plain lines elsewhere), validations, checkpoints.
+
+The header says before the first step what the Plan predicts; the end sets it against what was measured.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vchitect_fast.config import TrainConfig
+from vchitect_fast.model import VchitectTransformer
+from vchitect_fast.plan import Plan
+
+
+class Console:
+    """Context manager around the loop; called with each record as it comes."""
+
+    def __init__(self, config: TrainConfig, plan: Plan, model: VchitectTransformer, start: int) -> None:
+        self._config, self._start = config, start
+        self._rich = RichConsole(highlight=False)
+        entries = ", ".join(
+            f"{e.shape} (batch {e.microbatch} x {e.accumulation}, {e.num_recomputed} of {len(e.policy)} blocks recomputed, "
+            f"predicted {e.predicted.step_s:.2f} s and {e.predicted.peak_gib:.2f} GiB)"
+            for e in plan.entries
+        )
+        self._rich.print(f"model    {model.config.num_parameters():,} parameters, {plan.compute_dtype} on {plan.device_name}")
+        self._rich.print(f"shapes   {entries}")
+        self._rich.print(f"run      {config.out}: steps {start} to {config.steps}" + (" (resumed)" if start else ""))
+        columns = (
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        )  # fmt: skip
+        self._progress = Progress(*columns, console=self._rich, transient=True, disable=not self._rich.is_terminal)
+        self._task = self._progress.add_task("training", total=config.steps, completed=start, note="")
+
+    def __enter__(self) -> Console:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._progress.stop()
+
+    def stepped(self, step: int, record: dict[str, Any]) -> None:
+        """Advance the bar; print a line every `log_every` steps."""
+        self._progress.update(self._task, completed=step, note=f"loss {record['loss']:.4f}")
+        if step % self._config.log_every == 0 or step == self._start + 1:
+            self._rich.print(line(step, record))
+
+    def validated(self, record: dict[str, Any]) -> None:
+        """Print a validation: mean loss and the loss at each noise level."""
+        levels = "  ".join(f"s={float(s):.2f}: {value:.4f}" for s, value in record["by_sigma"].items())
+        self._rich.print(f"step {record['step']:6d}  validation loss {record['loss']:.4f}   {levels}")
+
+    def saved(self, folder: Path) -> None:
+        """Print where a checkpoint went."""
+        self._rich.print(f"saved    {folder}")
+
+
+def line(step: int, record: dict[str, Any]) -> str:
+    """One step as one line, every figure with its unit."""
+    parts = "/".join(f"{1000 * record[name]:.0f}" for name in ("data_s", "encode_s", "forward_s", "backward_s", "optimizer_s"))
+    mfu = "not measured" if record["mfu"] is None else f"{100 * record['mfu']:.1f} %"
+    return (
+        f"step {step:6d}  loss {record['loss']:.4f}  grad norm {record['grad_norm']:.3f}  lr {record['learning_rate']:.1e}  "
+        f"{1000 * record['step_s']:.0f} ms (data/encode/fwd/bwd/opt {parts})  {record['tokens_per_s']:,.0f} tokens/s  "
+        f"{record['model_flops'] / record['step_s'] / 1e12:.3g} TFLOP/s  MFU {mfu}  peak {record['peak_gib']:.2f} GiB"
+    )
