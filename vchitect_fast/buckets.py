@@ -1,0 +1,192 @@
+"""Buckets: which clips are read at which VideoShape, and which of them make up step k.
+
+A clip is sampled at `fps` frames a second, at start + i / fps, whatever its own rate (a slower source repeats its nearest
+frame). A Window is a run of consecutive samples of one clip; windows do not overlap and nothing about them is random, so
+that latents can be cached. `assign` gives every window its VideoShape, `Schedule` is a pure function
+of (seed, step), so that a run resumes at any step without stored state. Opens no file; standard library and numpy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from vchitect_fast.errors import UserError
+from vchitect_fast.manifest import Clip
+from vchitect_fast.shapes import VideoShape
+
+# Sides rounded to multiples of 16 shift a ratio by a few percent (16:9 as 768x432 and as 1920x1088 differ by 0.7 %);
+# within this distance of the nearest ratio (natural logarithm) the size decides.
+SAME_RATIO = 0.03
+
+
+@dataclass(frozen=True)
+class Window:
+    """`num_frames` samples of a clip, at start + i / fps seconds of the file."""
+
+    clip: Clip
+    index: int  # counts the clip's windows from 0
+    start: float  # seconds from the first frame of the file
+    num_frames: int
+
+    def times(self, fps: float) -> list[float]:
+        """The wanted times, in seconds from the first frame of the file."""
+        return [self.start + i / fps for i in range(self.num_frames)]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Every window by its VideoShape (each shape has a key), and what could not be used."""
+
+    windows: dict[VideoShape, tuple[Window, ...]]
+    too_short: tuple[Clip, ...]  # clips with fewer samples than every bucket needs
+    num_upscaled: int  # windows smaller than the smallest bucket of their ratio
+    unused_s: float  # seconds of used clips beyond their last whole window
+
+    def report(self) -> str:
+        """One line a bucket, then what was left out and why."""
+        lines = [f"{shape}: {len(windows)} windows" for shape, windows in self.windows.items()]
+        if self.too_short:
+            names = ", ".join(f"{c.path.name} {c.start:.2f}-{c.end:.2f} s" for c in self.too_short[:5])
+            lines.append(
+                f"{len(self.too_short)} clips too short for every bucket: {names}{', ...' if len(self.too_short) > 5 else ''}"
+            )
+        if self.num_upscaled:
+            lines.append(f"{self.num_upscaled} windows are upscaled: their clips are smaller than every bucket")
+        if self.unused_s >= 0.05:
+            lines.append(f"{self.unused_s:.1f} s unused beyond the last whole window of a clip")
+        return "\n".join(lines)
+
+
+def num_samples(clip: Clip, fps: float) -> int:
+    """Samples of a clip at `fps` frames a second: all start + i / fps before its end, at least one; one for an image."""
+    return 1 if clip.num_frames == 1 else max(1, math.ceil(clip.seconds * fps - 1e-6))
+
+
+def assign(clips: Sequence[Clip], shapes: Sequence[VideoShape], fps: float) -> Assignment:
+    """Cut clips into windows and give each its bucket.
+
+    A clip takes the largest number of frames T that fits and gives as many windows of T as it holds; then the
+    nearest aspect ratio; then the largest size that does not upscale, or the smallest size if all do. Images (one frame)
+    take one-frame buckets only. Raises UserError with counts when no clip fits any bucket.
+    """
+    assert shapes
+    assert fps > 0
+    windows: dict[VideoShape, list[Window]] = {shape: [] for shape in shapes}
+    too_short: list[Clip] = []
+    num_upscaled, unused_s = 0, 0.0
+    for clip in clips:
+        available = num_samples(clip, fps)
+        fitting = [shape for shape in shapes if shape.num_frames <= available]
+        if not fitting:
+            too_short.append(clip)
+            continue
+        frames = max(shape.num_frames for shape in fitting)
+        shape = nearest_size(clip, [shape for shape in fitting if shape.num_frames == frames])
+        count = available // frames
+        windows[shape] += [Window(clip, k, clip.start + k * frames / fps, frames) for k in range(count)]
+        num_upscaled += count if _scale(clip, shape) > 1 else 0
+        unused_s += 0 if clip.num_frames == 1 else max(0.0, clip.seconds - count * frames / fps)
+    if not any(windows.values()):
+        longest = max((num_samples(clip, fps) for clip in clips), default=0)
+        raise UserError(
+            f"no clip of {len(clips)} fits a bucket: the longest has {longest} frames at {fps:g} fps, the shortest bucket "
+            f"needs {min(shape.num_frames for shape in shapes)}; plan shapes with fewer frames or raise fps."
+        )
+    return Assignment(
+        {shape: tuple(found) for shape, found in windows.items()}, tuple(too_short), num_upscaled, unused_s
+    )
+
+
+def nearest_size(clip: Clip, shapes: Sequence[VideoShape]) -> VideoShape:
+    """Of shapes with the same number of frames, the one for this clip: by ratio, then by size without upscaling."""
+    ratio = math.log(clip.width / clip.height)
+    distance = {shape: abs(math.log(shape.width / shape.height) - ratio) for shape in shapes}
+    near = [shape for shape in shapes if distance[shape] <= min(distance.values()) + SAME_RATIO]
+    whole = [shape for shape in near if _scale(clip, shape) <= 1]
+    if whole:
+        return max(whole, key=lambda shape: (shape.width * shape.height, -distance[shape], shape))
+    return min(near, key=lambda shape: (shape.width * shape.height, distance[shape], shape))
+
+
+def _scale(clip: Clip, shape: VideoShape) -> float:
+    """How much the clip is enlarged to cover the shape; at most 1 where it is not upscaled."""
+    return max(shape.width / clip.width, shape.height / clip.height)
+
+
+class Schedule:
+    """Which windows step k trains on: a pure function of (seed, step).
+
+    In every epoch each bucket's windows are permuted by (seed, epoch, shape) and cut into batches; the last batch is
+    filled up from the start of the same permutation; then the batches of all buckets are shuffled by (seed, epoch).
+    The draws are raw Philox words, whose stream NumPy keeps for good, so the order survives an update.
+    """
+
+    def __init__(
+        self,
+        windows_by_shape: Mapping[VideoShape, Sequence[Window]],
+        batch_by_shape: Mapping[VideoShape, int],
+        seed: int,
+    ) -> None:
+        """`batch_by_shape`: samples a step (microbatch x accumulation). UserError when there is no window or seed < 0."""
+        if seed < 0:
+            raise UserError(f"seed must be 0 or more, got {seed}; correct it in the run's YAML.")
+        self._windows = {
+            shape: windows_by_shape[shape] for shape in sorted(windows_by_shape) if windows_by_shape[shape]
+        }
+        if not self._windows:
+            counts = ", ".join(f"{shape}: 0" for shape in windows_by_shape) or "no buckets"
+            raise UserError(f"no bucket has a window to train on ({counts}); plan shapes that the clips fill.")
+        self._batch = {shape: batch_by_shape[shape] for shape in self._windows}
+        assert all(batch > 0 for batch in self._batch.values())
+        self._batches = [
+            (shape, k) for shape, found in self._windows.items() for k in range(-(-len(found) // self._batch[shape]))
+        ]
+        self._seed = seed
+        self._permutation = lru_cache(maxsize=4 * len(self._windows))(self._draw_permutation)
+        self._order = lru_cache(maxsize=4)(lambda epoch: _permutation(len(self._batches), self._seed, epoch))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which every window is seen at least once."""
+        return len(self._batches)
+
+    def batch(self, step: int) -> tuple[VideoShape, list[Window]]:
+        """The shape and the windows of a step, counted from 0."""
+        shape, order = self.candidates(step)
+        return shape, [next(order) for _ in range(self._batch[shape])]
+
+    def candidates(self, step: int) -> tuple[VideoShape, Iterator[Window]]:
+        """The shape of a step and an endless iterator: the step's own windows, then those that stand in for bad ones.
+
+        It runs around the bucket's permutation again and again; whoever rejects windows must stop it.
+        """
+        epoch, position = divmod(step, len(self._batches))
+        shape, k = self._batches[self._order(epoch)[position]]
+        return shape, self._around(shape, epoch, k * self._batch[shape])
+
+    def num_windows(self, shape: VideoShape) -> int:
+        """Windows of a bucket: after so many candidates all have been seen."""
+        return len(self._windows[shape])
+
+    def batch_size(self, shape: VideoShape) -> int:
+        """Samples a step of this shape has."""
+        return self._batch[shape]
+
+    def _around(self, shape: VideoShape, epoch: int, begin: int) -> Iterator[Window]:
+        windows, permutation = self._windows[shape], self._permutation(shape, epoch)
+        while True:
+            yield windows[permutation[begin % len(windows)]]
+            begin += 1
+
+    def _draw_permutation(self, shape: VideoShape, epoch: int) -> np.ndarray:
+        return _permutation(len(self._windows[shape]), self._seed, epoch, shape.num_frames, shape.width, shape.height)
+
+
+def _permutation(length: int, *key: int) -> np.ndarray:
+    words = np.random.Philox(np.random.SeedSequence(key)).random_raw(length)
+    return np.argsort(words, kind="stable")
