@@ -23,7 +23,7 @@ def this_device(index: int = 0) -> Device:
         found = torch.cuda.get_device_properties(index)
         return Device(name=found.name, kind="cuda", memory_bytes=found.total_memory, source="CUDA driver")
     return Device(
-        name=_cpu_name(),
+        name=cpu_name(),
         kind="cpu",
         memory_bytes=host_memory_bytes(),
         num_threads=torch.get_num_threads(),
@@ -51,7 +51,8 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor as the system names it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
@@ -69,9 +70,18 @@ def _control_groups() -> list[tuple[int, int]]:
     for line in membership.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            root, limit_name, used_name, cache_name = Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"
+            root, limit_name, used_name, cache_name = (
+                Path("/sys/fs/cgroup"),
+                "memory.max",
+                "memory.current",
+                "inactive_file",
+            )
         elif "memory" in controllers.split(","):
-            root, limit_name, used_name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"
+            root, limit_name, used_name = (
+                Path("/sys/fs/cgroup/memory"),
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+            )
             cache_name = "total_inactive_file"
         else:
             continue

@@ -1,0 +1,84 @@
+"""vchitect-fast: the table of commands. Only the module of the chosen command is imported.
+
+A command is a module with `add_arguments(parser)` and `run(args) -> int`. Exit codes: 0 done, 1 done but with a doubt that
+the command names, 2 a mistake that the user can mend (one sentence on stderr), 130 stopped with Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from vchitect_fast import __version__
+from vchitect_fast.errors import UserError, unknown_name
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "quickstart": ("vchitect_fast.quickstart", "real videos to a plan, a training run, a sample and a report"),
+    "doctor": ("vchitect_fast.doctor", "what this machine has, what each part can do with it, what to install"),
+    "curate": ("vchitect_fast.curation.command", "cut videos into clips and write their manifest"),
+    "autotune": ("vchitect_fast.autotune.command", "measure this machine and write the Plan that train obeys"),
+    "train": ("vchitect_fast.train", "train a transformer by a Plan"),
+    "sample": ("vchitect_fast.sample", "make a video from a prompt"),
+    "export": ("vchitect_fast.export", "write a checkpoint as a folder under the released names"),
+}
+
+
+def overview() -> str:
+    """The text of `vchitect-fast --help`."""
+    lines = [f"  {name:<12}{summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: vchitect-fast COMMAND [options]",
+            "",
+            "Train Vchitect-2.0-like video diffusion transformers as fast as the hardware allows.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "vchitect-fast COMMAND --help   every option with unit, default and an example",
+            "vchitect-fast --version",
+        ]
+    )
+
+
+def parser_of(command: str) -> tuple[argparse.ArgumentParser, object]:
+    """The parser of a command and its module; UserError with the nearest name for an unknown one."""
+    if command not in COMMANDS:
+        raise unknown_name("command", command, COMMANDS)
+    path, summary = COMMANDS[command]
+    module = importlib.import_module(path)
+    # Raw: the example in a command's epilog must be copyable as it stands.
+    parser = argparse.ArgumentParser(
+        prog=f"vchitect-fast {command}",
+        description=summary[0].upper() + summary[1:] + ".",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    return parser, module
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; `arguments` are those of the process when None. Returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in {"-h", "--help", "help"}:
+        print(overview())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"vchitect-fast {__version__}")
+        return 0
+    prefix = "vchitect-fast"
+    try:
+        parser, module = parser_of(arguments[0])
+        prefix = parser.prog
+        return module.run(parser.parse_args(arguments[1:]))  # type: ignore[attr-defined]
+    except UserError as error:
+        print(f"{prefix}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{prefix}: stopped.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
