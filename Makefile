@@ -3,7 +3,8 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
+# setuptools warns of the folder mapping, which is meant (PYTHONSAFEPATH below).
+PIP := PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install -q --disable-pip-version-check
 FOLDERS := vchitect_fast autotune profiling curation benchmarks
 LINTED := $(FOLDERS) $(wildcard examples) tests setup.py
 INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
