@@ -1,7 +1,7 @@
 """Text encoders: prompts -> embeddings [B,N,width] and a pooled vector [B,pooled_width], both fp32.
 
-`SD3TextEncoder` runs CLIP-L, CLIP-G and T5-XXL from a folder as Stable Diffusion 3 does; `HashEncoder` needs no weights:
-it gives every word a fixed random vector, which is enough to tell the captions of a quickstart apart and carries no
+`SD3TextEncoder` runs CLIP-L, CLIP-G and T5-XXL from a folder as Stable Diffusion 3 does; `HashEncoder` needs no
+weights: it gives every word a fixed random vector, which is enough to tell the captions of a quickstart apart and carries no
 meaning. `load_text_encoder` gives the one that was asked for and never the other. All three encoders of SD3 are needed
 (the released model was trained with them); nothing here is trained, nothing here is downloaded.
 
@@ -73,8 +73,8 @@ class HashEncoder:
     """Words -> fixed random vectors of unit variance, the same on every machine and in every process.
 
     A word is a run of letters, digits and underscores, lower-cased; punctuation is dropped. A word's vector comes from
-    SHAKE-256 of its UTF-8 bytes: each number is the sum of eight of the hash's bytes, centred and scaled, which is exact in
-    integers up to one rounding (a seeded Gaussian generator is not the same on every machine). Token i is
+    SHAKE-256 of its UTF-8 bytes: each number is the sum of eight of the hash's bytes, centred and scaled, which is exact
+    in integers up to one rounding (a seeded Gaussian generator is not the same on every machine). Token i is
     (word_i + position_i) / sqrt(2); the rest of the 16 tokens hold a fixed pad vector in place of the word.
     The pooled vector is the mean of the words' own (other) vectors, scaled to unit mean square; it knows no order.
 
@@ -134,8 +134,8 @@ class SD3TextEncoder:
     """CLIP-L, CLIP-G and T5-XXL, put together as StableDiffusion3Pipeline.encode_prompt does (without clip_skip).
 
     Tokens 0..76: the penultimate hidden states of both CLIPs side by side on channels, zero-padded to `width`; tokens
-    77..332: T5's last hidden states. Pooled: the projected text embeddings of CLIP-L and CLIP-G side by side. Prompts are
-    cut at 77 and at 256 tokens; no attention mask is used, padding is attended to, as in SD3.
+    77..332: T5's last hidden states. Pooled: the projected text embeddings of CLIP-L and CLIP-G side by side. Prompts
+    are cut at 77 and at 256 tokens; no attention mask is used, padding is attended to, as in SD3.
     Runs in the weights' own dtype. `load_text_encoder` documents the arguments and the errors.
     """
 
@@ -146,7 +146,7 @@ class SD3TextEncoder:
         _check_layout(folder)
         try:
             from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel
-            from transformers import T5TokenizerFast as T5Tokenizer  # type: ignore[attr-defined]  # made on demand in 5.x
+            from transformers import T5TokenizerFast as T5Tokenizer  # type: ignore[attr-defined]
         except ImportError as error:
             raise UserError(
                 f"the text encoders in {folder} need transformers, which does not import ({error}); "
@@ -170,7 +170,7 @@ class SD3TextEncoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all weights, configs and tokenizer files, and the width; reads every weight once, so seconds for T5-XXL."""
+        """Of all weights, configs and tokenizer files, and the width; reads every weight once, seconds for T5-XXL."""
         models = {"clip_l": self._clips[0][1], "clip_g": self._clips[1][1], "t5": self._t5}
         return "sd3-" + fingerprint(models, [*self._facts, str(self._width).encode()])
 

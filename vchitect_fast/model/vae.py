@@ -68,7 +68,8 @@ def load_codec(spec: str, *, device: torch.device | str = "cpu", mini_batch: int
 _GRAY_BLUE_RED = ((1.0, 1.0, 1.0), (-1.0, -1.0, 2.0), (1.0, -1.0, 0.0))
 
 # How many of the 16 channels each color axis gets, lowest frequencies first. PSNR in dB of 24 frames, before clamping,
-# (bikes.mp4 640x272, 256x128, 128x64; bigbuckbunny.mp4 1280x720, 256x144, 128x72; carphone_pristine.mp4 176x144, 88x72):
+# (bikes.mp4 640x272, 256x128, 128x64; bigbuckbunny.mp4 1280x720, 256x144, 128x72; carphone_pristine.mp4 176x144,
+# 88x72):
 #   12+3+1: 35.4 30.1 26.8  35.1 27.9 26.6  28.2 25.8   mean 29.5, at most 0.6 behind the best choice of each column
 #   14+1+1: 36.0 30.7 27.3  35.2 27.3 25.6  28.3 26.2   mean 29.6, at most 1.0 behind
 #   13+2+1: 35.8 30.5 27.1  35.0 27.4 25.9  28.2 26.0   mean 29.5, at most 0.8 behind
@@ -79,8 +80,8 @@ _NUM_KEPT = (12, 3, 1)
 _ZIG_ZAG = ((0, 0), (0, 1), (1, 0), (2, 0), (1, 1), (0, 2), (0, 3), (1, 2), (2, 1), (3, 0), (4, 0), (3, 1))
 
 # Root mean square of the kept coefficients on the columns above: 1.63 1.61 1.57, 1.79 1.76 1.73, 1.96 1.93; so latents
-# come out with a root mean square of 0.90 to 1.12. There is no shift: a gray video of value 0 has latents of 0, and only
-# the three lowest coefficients have a mean worth the name (before scaling -3.0 gray on bikes.mp4, whose mean pixel is
+# come out with a root mean square of 0.90 to 1.12. There is no shift: a gray video of value 0 has latents of 0, and
+# only the three lowest coefficients have a mean worth the name (before scaling -3.0 gray on bikes.mp4, whose mean pixel is
 # -0.22; -2.0 gray and -1.5 blue-yellow on bigbuckbunny.mp4, -0.14).
 _COEFFICIENT_RMS = 1.75
 
@@ -251,5 +252,5 @@ def _check_latents(latents_BTchw: Tensor) -> None:
         raise UserError(f"latents must be floats, got {latents_BTchw.dtype}; convert them first.")
     if len(shape) != 5 or shape[2] != LATENT_CHANNELS or 0 in shape:
         raise UserError(
-            f"latents must be [B,T,{LATENT_CHANNELS},h,w] with at least one frame, got {list(shape)}; permute them first."
+            f"latents must be [B,T,{LATENT_CHANNELS},h,w] with at least one frame, got {list(shape)}; permute first."
         )
