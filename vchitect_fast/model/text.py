@@ -1,8 +1,8 @@
 """Text encoders: prompts -> embeddings [B,N,width] and a pooled vector [B,pooled_width], both fp32.
 
 `SD3TextEncoder` runs CLIP-L, CLIP-G and T5-XXL from a folder as Stable Diffusion 3 does; `HashEncoder` needs no
-weights: it gives every word a fixed random vector, which is enough to tell the captions of a quickstart apart and carries no
-meaning. `load_text_encoder` gives the one that was asked for and never the other. All three encoders of SD3 are needed
+weights: it gives every word a fixed random vector, which is enough to tell the captions of a quickstart apart and carries
+no meaning. `load_text_encoder` gives the one that was asked for and never the other. All three encoders of SD3 are needed
 (the released model was trained with them); nothing here is trained, nothing here is downloaded.
 
 B prompts, N text tokens. The empty prompt is valid: it is the unconditional side of classifier-free guidance.
@@ -73,7 +73,7 @@ class HashEncoder:
     """Words -> fixed random vectors of unit variance, the same on every machine and in every process.
 
     A word is a run of letters, digits and underscores, lower-cased; punctuation is dropped. A word's vector comes from
-    SHAKE-256 of its UTF-8 bytes: each number is the sum of eight of the hash's bytes, centred and scaled, which is exact
+    SHAKE-256 of its UTF-8 bytes: each number is the sum of eight of the hash's bytes, centred and scaled, exact
     in integers up to one rounding (a seeded Gaussian generator is not the same on every machine). Token i is
     (word_i + position_i) / sqrt(2); the rest of the 16 tokens hold a fixed pad vector in place of the word.
     The pooled vector is the mean of the words' own (other) vectors, scaled to unit mean square; it knows no order.

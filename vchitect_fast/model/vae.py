@@ -81,7 +81,7 @@ _ZIG_ZAG = ((0, 0), (0, 1), (1, 0), (2, 0), (1, 1), (0, 2), (0, 3), (1, 2), (2, 
 
 # Root mean square of the kept coefficients on the columns above: 1.63 1.61 1.57, 1.79 1.76 1.73, 1.96 1.93; so latents
 # come out with a root mean square of 0.90 to 1.12. There is no shift: a gray video of value 0 has latents of 0, and
-# only the three lowest coefficients have a mean worth the name (before scaling -3.0 gray on bikes.mp4, whose mean pixel is
+# only the three lowest coefficients have a notable mean (before scaling -3.0 gray on bikes.mp4, whose mean pixel is
 # -0.22; -2.0 gray and -1.5 blue-yellow on bigbuckbunny.mp4, -0.14).
 _COEFFICIENT_RMS = 1.75
 
