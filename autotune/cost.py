@@ -3,11 +3,11 @@
     step = accumulation x (forward + backward + recompute) + optimizer
     forward of a block = linear layers      2 D^2 [BTS (7+3+8) + BTN (3+3+8)] FLOPs        Workload.linear_flops
                        + attention          4 D [BT J^2 + B J T^2 + B J T N] FLOPs         Workload.attention_flops
-                       + elementwise passes over [rows, D], counted in the reference block (table below)
+                       + GELU, LayerNorm, rotary, and elementwise passes over [rows, D] (table below)
                        + operations that move no data x their overhead
     backward  = the same list with the backward rates (linear and attention: twice the FLOPs)
     recompute = one more forward of every block whose policy says so
-    optimizer = fused AdamW over all parameters + the passes over parameters that the loop adds
+    optimizer = fused AdamW over all parameters + bytes moved by clipping, EMA and the copy to the compute dtype / bandwidth
 
 A rate is interpolated between the probe's timings in log size. Not included: reading data, encoding video and text,
 logging, validation, saving. J = S + N joint tokens; the other letters as in workload.py. Layer 0 only.
@@ -34,15 +34,18 @@ class Passes:
     views: int  # operations that move no data
 
 
-# Products, sums, concatenations, copies and reductions that one block dispatches, each one pass; the backward of a slice is
-# two (zeros, then a copy); bias gradients belong to the linear layers.
-FORWARD_PASSES = Passes(visual=14, text=14, joint=17, views=144)
-BACKWARD_PASSES = Passes(visual=30, text=28, joint=20, views=272)
+# Products, sums, concatenations, copies and reductions that one block dispatches outside the rotary, each one pass; the
+# backward of a slice is two (zeros, then a copy); bias gradients belong to the linear layers.
+FORWARD_PASSES = Passes(visual=14, text=14, joint=9, views=144)
+BACKWARD_PASSES = Passes(visual=30, text=28, joint=11, views=272)
 # Last block: no text output, so its text rows stop at the branches.
-FORWARD_PASSES_LAST = Passes(visual=14, text=2, joint=17, views=122)
-BACKWARD_PASSES_LAST = Passes(visual=30, text=15, joint=14, views=228)
+FORWARD_PASSES_LAST = Passes(visual=14, text=2, joint=9, views=122)
+BACKWARD_PASSES_LAST = Passes(visual=30, text=15, joint=5, views=228)
 FEED_FORWARD = 4  # the MLP is 4 D wide
-OPTIMIZER_PASSES = 3  # over the parameters, beside AdamW: gradient norm, clipping, zeroing
+# Bytes a parameter that the optimizer moves in place beside AdamW, at the memory's bandwidth.
+CLIP_BYTES = 4 + 8  # norm reads the gradient, clipping reads and writes it
+EMA_BYTES = 12  # reads average and master, writes the average
+COPY_BYTES = 4 + 2  # reads the master, writes bfloat16
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,11 @@ class Rates:
     """
 
     def __init__(self, device: Device) -> None:
-        if not device.timings or device.op_overhead_s is None:
-            raise UserError(f"the cluster file has no timings of {device.name}; run `vchitect-fast autotune probe` on that machine.")
-        self.device = device
+        if not device.timings or device.op_overhead_s is None or not device.memory_bytes_per_s:
+            raise UserError(
+                f"the cluster file has no timings of {device.name}; run `vchitect-fast autotune probe` on that machine."
+            )
+        self.device, self.memory_bytes_per_s = device, device.memory_bytes_per_s
         self._grids: dict[tuple[str, str], _Grid] = {}
         for op, dtype in {(timing.op, timing.dtype) for timing in device.timings}:
             self._grids[op, dtype] = _Grid([t for t in device.timings if (t.op, t.dtype) == (op, dtype)])
@@ -106,7 +111,7 @@ class Rates:
         return self._of("attention", dtype, (rows * width, length))
 
     def elementwise(self, op: str, dtype: str, elements: int) -> Seconds:
-        """One pass of multiply, gelu, layer_norm, or one adamw update."""
+        """One pass of multiply, gelu, layer_norm or rotate, or one adamw update."""
         return self._of(op, dtype, (elements,))
 
     def of_timing(self, timing: Timing) -> Seconds:
@@ -115,7 +120,9 @@ class Rates:
 
     def _of(self, op: str, dtype: str, at: tuple[float, ...]) -> Seconds:
         if (op, dtype) not in self._grids:
-            raise UserError(f"the cluster file has no timings of {op} in {dtype}; run `vchitect-fast autotune probe` again.")
+            raise UserError(
+                f"the cluster file has no timings of {op} in {dtype}; run `vchitect-fast autotune probe` again."
+            )
         return self._grids[op, dtype].seconds(at)
 
 
@@ -140,7 +147,10 @@ def block_seconds(work: Workload, rates: Rates, dtype: str, *, last: bool = Fals
     plain = Seconds(0.0, 0.0)
     for rows in streams:
         plain += rates.elementwise("gelu", dtype, rows * FEED_FORWARD * d)
-    plain += rates.elementwise("layer_norm", dtype, visual * d) * 2 + rates.elementwise("layer_norm", dtype, text * d) * (1 if last else 2)
+    plain += rates.elementwise("layer_norm", dtype, visual * d) * 2 + rates.elementwise(
+        "layer_norm", dtype, text * d
+    ) * (1 if last else 2)
+    plain += rates.elementwise("rotate", dtype, joint * d) * 2  # q and k of the temporal branch
     ahead, behind = (FORWARD_PASSES_LAST, BACKWARD_PASSES_LAST) if last else (FORWARD_PASSES, BACKWARD_PASSES)
     one = {rows: rates.elementwise("multiply", dtype, rows * d).forward_s for rows in {visual, text, joint}}
 
@@ -171,9 +181,8 @@ def ends_seconds(work: Workload, rates: Rates, dtype: str) -> Seconds:
 def optimizer_seconds(work: Workload, rates: Rates, dtype: str, *, ema: bool) -> float:
     """AdamW over fp32 masters, norm and clipping; the copy to the compute dtype and the EMA where there is one."""
     number = work.config.num_parameters()
-    passes = OPTIMIZER_PASSES + (dtype != "float32") + ema
-    one = rates.elementwise("multiply", "float32", number).forward_s
-    return rates.elementwise("adamw", "float32", number).forward_s + passes * one
+    moved = CLIP_BYTES + (EMA_BYTES if ema else 0) + (COPY_BYTES if dtype != "float32" else 0)
+    return rates.elementwise("adamw", "float32", number).forward_s + number * moved / rates.memory_bytes_per_s
 
 
 def step_cost(
@@ -192,11 +201,12 @@ def step_cost(
     last = block_seconds(work, rates, dtype, last=True)
     passed = middle * (layers - 1) + last + ends_seconds(work, rates, dtype)
     again = middle.forward_s * min(num_recomputed, layers - 1) + (last.forward_s if num_recomputed == layers else 0.0)
-    # Gradients of a microbatch are added to fp32 buffers, one pass over the parameters.
-    gathered = rates.elementwise("multiply", "float32", work.config.num_parameters()).forward_s
+    # Gradients are added to fp32 ones from the second microbatch on; narrower ones are widened first.
+    gathered = 12 * (accumulation - 1) + (6 * accumulation if dtype != "float32" else 0)
+    gathered_s = gathered * work.config.num_parameters() / rates.memory_bytes_per_s
     return StepCost(
         forward_s=accumulation * passed.forward_s,
-        backward_s=accumulation * (passed.backward_s + gathered),
+        backward_s=accumulation * passed.backward_s + gathered_s,
         recompute_s=accumulation * again,
         optimizer_s=optimizer_seconds(work, rates, dtype, ema=ema),
     )
@@ -221,7 +231,9 @@ class _Grid:
         self.points = {_coordinates(timing): timing for timing in timings}
         self.axes = [sorted({at[axis] for at in self.points}) for axis in range(len(self.exponents))]
         if len(self.points) != math.prod(len(axis) for axis in self.axes):
-            raise UserError(f"the timings of {timings[0].op} do not form a grid; run `vchitect-fast autotune probe` again.")
+            raise UserError(
+                f"the timings of {timings[0].op} do not form a grid; run `vchitect-fast autotune probe` again."
+            )
 
     def seconds(self, at: tuple[float, ...]) -> Seconds:
         above = 1.0  # work beyond the largest size, at the largest size's rate
@@ -242,7 +254,9 @@ class _Grid:
             return self._between((*fixed, axis[low]), rest[1:])
         weight = math.log(value / axis[low]) / math.log(axis[high] / axis[low])
         below, beyond = self._between((*fixed, axis[low]), rest[1:]), self._between((*fixed, axis[high]), rest[1:])
-        return Seconds(_mix(below.forward_s, beyond.forward_s, weight), _mix(below.backward_s, beyond.backward_s, weight))
+        return Seconds(
+            _mix(below.forward_s, beyond.forward_s, weight), _mix(below.backward_s, beyond.backward_s, weight)
+        )
 
 
 def _mix(a: float, b: float, weight: float) -> float:

@@ -19,7 +19,9 @@ from vchitect_fast.cluster import Device
 from vchitect_fast.workload import DTYPE_BYTES, Workload
 
 GIB = 2**30
-MLP_WORKING = 4  # at GELU's backward, in [rows, D]: its 4D gradient out and in, less the second linear's 4D input, just freed
+MLP_WORKING = (
+    4  # at GELU's backward, in [rows, D]: its 4D gradient out and in, less the second linear's 4D input, just freed
+)
 MLP_SAVED = 10  # of a stream's MLP, freed when it is done: 4D twice, gated output, modulated input
 STREAM_WORKING = 2  # gradients of a block's output and of its inner residual, both streams
 BLOCK_END_WORKING = 4  # at the attention's projections: gradients of q, k, v summing into that of their input
@@ -52,11 +54,10 @@ class StepMemory:
 
 
 def states_bytes(work: Workload, dtype: str, *, ema: bool = True) -> int:
-    """Masters, AdamW's states and EMA in fp32; the copy and the position grid in the compute dtype."""
+    """Masters, AdamW's states, EMA and the position grid in fp32; a copy of the parameters in a narrower compute dtype."""
     config, number = work.config, work.config.num_parameters()
-    compute_bytes = DTYPE_BYTES[dtype]
-    grid = config.pos_embed_max_size**2 * config.hidden_dim * compute_bytes
-    copy = number * compute_bytes if dtype != "float32" else 0
+    grid = config.pos_embed_max_size**2 * config.hidden_dim * 4
+    copy = number * DTYPE_BYTES[dtype] if dtype != "float32" else 0
     return number * 4 * (3 + ema) + copy + grid
 
 
@@ -71,7 +72,10 @@ def ends_bytes(work: Workload, element_bytes: int) -> int:
     config = work.config
     patch = config.patch_size**2 * config.in_channels
     text = work.batch * work.num_text_tokens * (config.joint_attention_dim + config.hidden_dim)
-    return element_bytes * (3 * config.hidden_dim * work.visual_rows + 2 * patch * work.visual_rows + text) + 16 * patch * work.visual_rows
+    return (
+        element_bytes * (3 * config.hidden_dim * work.visual_rows + 2 * patch * work.visual_rows + text)
+        + 16 * patch * work.visual_rows
+    )
 
 
 def step_memory(
@@ -108,7 +112,9 @@ def step_memory(
         if not last:
             moments.append(moment(done, earlier + held[index], again + MLP_WORKING * text + STREAM_WORKING * joint))
         freed = 0 if last else MLP_SAVED * text
-        moments.append(moment(done + mlp, earlier + held[index], again - freed + MLP_WORKING * visual + STREAM_WORKING * joint))
+        moments.append(
+            moment(done + mlp, earlier + held[index], again - freed + MLP_WORKING * visual + STREAM_WORKING * joint)
+        )
         moments.append(moment(done + own, earlier + work.block_input_bytes(element_bytes), BLOCK_END_WORKING * joint))
         done += own
     return max(moments, key=lambda item: item.peak_bytes)

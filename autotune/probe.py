@@ -2,7 +2,7 @@
 
 It times what a block of the model is made of - linear layers, attention, elementwise passes, the optimizer - at several
 sizes, since efficiency depends on size and most on a CPU. Every number is the median of several repeats; sizes held out of
-the fit tell how well interpolation between the others works. It decides nothing and loads no model. Needs torch.
+the fit tell how well interpolation between the others works. It decides nothing. Needs torch.
 """
 
 from __future__ import annotations
@@ -19,12 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vchitect_fast.architecture import preset
+from vchitect_fast.attention import rotary_tables, rotate
 from vchitect_fast.autotune.cost import Rates
 from vchitect_fast.cluster import Cluster, Device, Timing
 from vchitect_fast.machine import host_memory_bytes, resident_bytes, this_device
+from vchitect_fast.model import VchitectTransformer
+from vchitect_fast.optimizer import MasterAdamW
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HEAD_DIM = 64  # of every released size
+MAX_RING = 64  # operands that a timed function goes round
 
 
 @dataclass(frozen=True)
@@ -36,25 +41,28 @@ class Grid:
     attention_rows: tuple[int, ...]
     attention_width: int  # heads x head dim
     lengths: tuple[int, ...]
-    elements: tuple[int, ...]  # of multiply, gelu, layer_norm, adamw
+    elements: tuple[int, ...]  # of multiply, gelu, layer_norm, rotate, adamw
     square: int  # side of the matmul that gives the peak
     copy_bytes: int
     held_out_linear: tuple[tuple[int, int], ...]  # (rows, width)
     held_out_attention: tuple[tuple[int, int], ...]  # (rows, length)
     held_out_elements: tuple[int, ...]
+    pool_bytes: int  # larger than the caches, so that operands come from memory as in training
     seconds_per_point: float = 0.06  # repeats go on until this much was spent, three at least and fifteen at most
 
 
 # The largest CPU points take 0.1 to 0.5 s on two cores; the widths are those of vchitect-tiny and -2b and neighbours.
 CPU_GRID = Grid(
-    rows=(64, 512, 4096), widths=(64, 192, 768, 1536), attention_rows=(512, 4096), attention_width=192,
+    rows=(8, 64, 512, 2048), widths=(64, 192, 768, 1536), attention_rows=(512, 4096), attention_width=192,
     lengths=(8, 32, 128, 512), elements=(2**12, 2**16, 2**19, 2**22), square=2048, copy_bytes=2**27,
-    held_out_linear=((256, 192), (1536, 384)), held_out_attention=((1536, 64),), held_out_elements=(2**17, 2**20),
+    held_out_linear=((256, 192), (1024, 384)), held_out_attention=((1536, 64),), held_out_elements=(2**17, 2**20),
+    pool_bytes=2**26,
 )  # fmt: skip
 CUDA_GRID = Grid(
     rows=(256, 2048, 16384, 65536), widths=(192, 768, 1536, 3072), attention_rows=(8192, 65536), attention_width=1536,
     lengths=(32, 256, 1024, 4096), elements=(2**16, 2**20, 2**24, 2**27), square=8192, copy_bytes=2**30,
     held_out_linear=((4096, 1536), (32768, 2304)), held_out_attention=((16384, 512),), held_out_elements=(2**22, 2**25),
+    pool_bytes=2**29,
 )  # fmt: skip
 
 
@@ -68,8 +76,8 @@ def probe(progress: bool = True, grid: Grid | None = None) -> Cluster:
     """
     found = this_device()
     grid = grid or (CUDA_GRID if found.kind == "cuda" else CPU_GRID)
-    clock = _Clock(torch.device(found.kind), grid.seconds_per_point)
     base_bytes = _process_bytes(found.kind)
+    clock = _Clock(torch.device(found.kind), grid.seconds_per_point, grid.pool_bytes)
     points = list(_points(grid, clock))
     with _bar(len(points), progress) as advance:
         measured = []
@@ -100,32 +108,59 @@ class _Repeats:
 
 
 class _Clock:
-    """Times a function: median of several samples, each long enough for the clock."""
+    """Times a function: median of several samples, each long enough for the clock.
 
-    def __init__(self, device: torch.device, seconds_per_point: float) -> None:
-        self.device, self.seconds_per_point = device, seconds_per_point
-        self.engine_s = 0.0  # of starting autograd, which a training step pays once and a single op's backward every time
+    In a training step every op reads memory that others wrote long ago and writes new memory. So the function is called
+    with a running number, takes another part of a large pool each time, and its results are kept for as many calls.
+    """
+
+    def __init__(self, device: torch.device, seconds_per_point: float, pool_bytes: int) -> None:
+        self.device, self.seconds_per_point, self.pool_bytes = device, seconds_per_point, pool_bytes
+        self._pool = torch.randn(pool_bytes // 4, device=device)
+        self._pools = {torch.float32: self._pool, torch.bfloat16: self._pool.to(torch.bfloat16).repeat(2)}
+        self._next, self._turn = 0, 0
+        self.engine_s = (
+            0.0  # of starting autograd, which a training step pays once and a single op's backward every time
+        )
         x = torch.ones(1, device=device, requires_grad=True)
         out, gradient = x.view(1), torch.ones(1, device=device)
-        self.engine_s = self.median_s(lambda: torch.autograd.grad(out, x, gradient, retain_graph=True)).median_s
+        self.engine_s = self.median_s(lambda _: torch.autograd.grad(out, x, gradient, retain_graph=True)).median_s
 
-    def median_s(self, work: Callable[[], object]) -> _Repeats:
-        self._sample(work, 1)  # allocates, chooses algorithms
-        once = self._sample(work, 1)
+    def take(self, *shape: int, dtype: torch.dtype, requires_grad: bool = False) -> Tensor:
+        """A tensor over the next part of the pool (noise), or new memory where the pool is too small."""
+        number, pool = math.prod(shape), self._pools[dtype]
+        if number > len(pool):
+            return torch.randn(*shape, device=self.device, dtype=dtype, requires_grad=requires_grad)
+        self._next = self._next if self._next + number <= len(pool) else 0
+        part = pool[self._next : self._next + number].view(shape)
+        self._next += number
+        return part.detach().requires_grad_(requires_grad)
+
+    def ring(self, call_bytes: int) -> int:
+        """How many different operands a function that touches so many bytes should go round."""
+        return max(1, min(MAX_RING, self.pool_bytes // call_bytes))
+
+    def median_s(self, work: Callable[[int], object], ring: int = 1) -> _Repeats:
+        """`work(i)` with i from 0 to ring - 1, over and over."""
+        kept: list[object] = [None] * ring
+        once = self._sample(work, kept, 1)  # allocates, chooses algorithms
+        if once < 0.05:
+            once = self._sample(work, kept, ring) / ring
         inner = max(1, math.ceil(5e-4 / max(once, 1e-7)))
         number = min(15, max(3, int(self.seconds_per_point / max(once * inner, 1e-7))))
-        samples = sorted(self._sample(work, inner) for _ in range(number))
+        samples = sorted(self._sample(work, kept, inner) / inner for _ in range(number))
         middle = statistics.median(samples)
         spread = (samples[int(0.9 * (number - 1) + 0.5)] - samples[int(0.1 * (number - 1))]) / middle
         return _Repeats(middle, spread, number)
 
-    def _sample(self, work: Callable[[], object], inner: int) -> float:
+    def _sample(self, work: Callable[[int], object], kept: list[object], calls: int) -> float:
         self._wait()
         start = time.perf_counter()
-        for _ in range(inner):
-            work()
+        for _ in range(calls):
+            self._turn = (self._turn + 1) % len(kept)
+            kept[self._turn] = work(self._turn)
         self._wait()
-        return (time.perf_counter() - start) / inner
+        return time.perf_counter() - start
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -146,7 +181,7 @@ def _points(grid: Grid, clock: _Clock) -> Iterator[tuple[bool, Callable[[], Timi
         for held_out, rows, length in pairs + [(True, *size) for size in grid.held_out_attention]:
             yield point(held_out, _time_attention, name, rows, grid.attention_width, length)
         sizes = [(False, size) for size in grid.elements] + [(True, size) for size in grid.held_out_elements]
-        for op in ("multiply", "gelu", "layer_norm"):
+        for op in ("multiply", "gelu", "layer_norm", "rotate"):
             for held_out, size in sizes:
                 yield point(held_out, _time_elementwise, op, name, size)
     for size in grid.elements:
@@ -155,72 +190,91 @@ def _points(grid: Grid, clock: _Clock) -> Iterator[tuple[bool, Callable[[], Timi
 
 
 def _time_linear(clock: _Clock, name: str, rows: int, width: int) -> Timing:
-    make = {"dtype": DTYPES[name], "device": clock.device, "requires_grad": True}
-    x, weight, bias = torch.randn(rows, width, **make), torch.randn(width, width, **make), torch.randn(width, **make)
-    return _timing(clock, "linear", name, rows, width, lambda: F.linear(x, weight, bias), (x, weight, bias))
+    dtype = DTYPES[name]
+
+    def operands() -> tuple[Tensor, ...]:
+        return tuple(
+            clock.take(*shape, dtype=dtype, requires_grad=True) for shape in ((rows, width), (width, width), (width,))
+        )
+
+    call_bytes = dtype.itemsize * width * (2 * rows + width)
+    return _timing(clock, "linear", name, rows, width, F.linear, operands, call_bytes)
 
 
 def _time_attention(clock: _Clock, name: str, rows: int, width: int, length: int) -> Timing:
-    make = {"dtype": DTYPES[name], "device": clock.device, "requires_grad": True}
-    heads = width // HEAD_DIM
-    q, k, v = (torch.randn(max(1, rows // length), length, heads, HEAD_DIM, **make) for _ in range(3))
+    dtype, size = DTYPES[name], (max(1, rows // length), length, width // HEAD_DIM, HEAD_DIM)
 
-    def attend() -> Tensor:
+    def operands() -> tuple[Tensor, ...]:
+        return tuple(clock.take(*size, dtype=dtype, requires_grad=True) for _ in range(3))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
 
-    return _timing(clock, "attention", name, rows, width, attend, (q, k, v), length)
+    return _timing(clock, "attention", name, rows, width, attend, operands, 4 * dtype.itemsize * rows * width, length)
 
 
 def _time_elementwise(clock: _Clock, op: str, name: str, elements: int) -> Timing:
-    width = min(256, elements)
-    make = {"dtype": DTYPES[name], "device": clock.device}
-    x = torch.randn(elements // width, width, requires_grad=op != "multiply", **make)
-    other = torch.randn(elements // width, width, **make)
+    dtype, width = DTYPES[name], 4 * HEAD_DIM
+    rows = elements // width
+    cos, sin = rotary_tables(1, HEAD_DIM, 1.0, clock.device)
+
+    def operands() -> tuple[Tensor, ...]:
+        if op == "multiply":
+            return clock.take(rows, width, dtype=dtype), clock.take(rows, width, dtype=dtype)
+        return (clock.take(rows, width, dtype=dtype, requires_grad=True),)
+
     work = {
-        "multiply": lambda: x * other,
-        "gelu": lambda: F.gelu(x, approximate="tanh"),
-        "layer_norm": lambda: F.layer_norm(x, (width,)),
+        "multiply": torch.mul,
+        "gelu": lambda x: F.gelu(x, approximate="tanh"),
+        "layer_norm": lambda x: F.layer_norm(x, (width,)),
+        "rotate": lambda x: rotate(x.view(1, 1, rows, -1, HEAD_DIM), cos, sin),
     }[op]
-    return _timing(clock, op, name, elements // width, width, work, (x,) if x.requires_grad else ())
+    return _timing(clock, op, name, rows, width, work, operands, 3 * dtype.itemsize * elements)
 
 
 def _time_adamw(clock: _Clock, elements: int) -> Timing:
     parameter = torch.randn(elements, device=clock.device, requires_grad=True)
     parameter.grad = torch.randn_like(parameter)
     optimizer = torch.optim.AdamW([parameter], fused=True)
-    return _timing(clock, "adamw", "float32", 1, elements, optimizer.step, ())
+    repeats = clock.median_s(lambda _: optimizer.step())
+    return Timing("adamw", "float32", 1, elements, repeats.median_s, num_repeats=repeats.number, spread=repeats.spread)
 
 
 def _time_view(clock: _Clock) -> Timing:
     x = torch.randn(4, 4, device=clock.device, requires_grad=True)
-    return _timing(clock, "view", "float32", 4, 4, lambda: x.view(2, 8), ())
+    repeats = clock.median_s(lambda _: x.view(2, 8))
+    return Timing("view", "float32", 4, 4, repeats.median_s, num_repeats=repeats.number, spread=repeats.spread)
 
 
 def _timing(
-    clock: _Clock, op: str, name: str, rows: int, width: int, forward: Callable[[], object], inputs: tuple[Tensor, ...],
-    length: int = 0,
+    clock: _Clock, op: str, name: str, rows: int, width: int, work: Callable[..., Tensor],
+    operands: Callable[[], tuple[Tensor, ...]], call_bytes: int, length: int = 0,
 ) -> Timing:  # fmt: skip
-    """Time the forward, and the backward alone on a graph that is kept."""
-    ahead = clock.median_s(forward)
+    """Time the forward, and the backward alone on graphs that are kept."""
+    inputs = [operands() for _ in range(clock.ring(call_bytes))]
+    ahead = clock.median_s(lambda turn: work(*inputs[turn]), len(inputs))
     backward_s = None
-    if inputs:
-        out = forward()
-        assert isinstance(out, Tensor)
-        gradient = torch.randn_like(out)
-        behind = clock.median_s(lambda: torch.autograd.grad(out, inputs, gradient, retain_graph=True)).median_s
-        backward_s = max(behind - clock.engine_s, ahead.median_s)  # no op here has a backward cheaper than its forward
+    if inputs[0][0].requires_grad:
+        outputs = [work(*item) for item in inputs]
+        gradients = [clock.take(*out.shape, dtype=out.dtype) for out in outputs]
+
+        def behind(turn: int) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(outputs[turn], inputs[turn], gradients[turn], retain_graph=True)
+
+        # No op here has a backward much cheaper than its forward; the floor guards the difference of two noisy times.
+        backward_s = max(clock.median_s(behind, len(inputs)).median_s - clock.engine_s, 0.5 * ahead.median_s)
     return Timing(op, name, rows, width, ahead.median_s, backward_s, length, ahead.number, ahead.spread)
 
 
 def _peak_flops(side: int, dtype: torch.dtype, clock: _Clock) -> float:
     a, b = (torch.randn(side, side, dtype=dtype, device=clock.device) for _ in range(2))
-    return 2 * side**3 / clock.median_s(lambda: a @ b).median_s
+    return 2 * side**3 / clock.median_s(lambda _: a @ b).median_s
 
 
-def _copy(num_bytes: int, device: torch.device) -> Callable[[], Tensor]:
+def _copy(num_bytes: int, device: torch.device) -> Callable[[int], Tensor]:
     source = torch.zeros(num_bytes // 4, device=device)
     target = torch.empty_like(source)
-    return lambda: target.copy_(source)
+    return lambda _: target.copy_(source)
 
 
 def _best_attention_flops(timings: tuple[Timing, ...]) -> dict[str, float]:
@@ -245,12 +299,21 @@ def _fit_error(device: Device, held_out: list[Timing]) -> float | None:
 
 
 def _process_bytes(kind: str) -> int:
-    """What a training process takes before it holds any tensor of ours: its imports, or the CUDA context."""
-    import vchitect_fast.model  # noqa: F401  (loaded so that its share is counted)
+    """What a training process takes beside its own tensors: imports, what torch loads when first used, the CUDA context.
 
+    Taken after one step of the smallest preset, since the optimizer and the kernels load their parts then.
+    """
+    import vchitect_fast.data  # noqa: F401  (video decoding; loaded so that its share is counted)
+
+    model = VchitectTransformer(preset("vchitect-nano")).to(kind)
+    optimizer = MasterAdamW(model, weight_decay=0.01, betas=(0.9, 0.99))
+    config = model.config
+    latents, text = torch.randn(1, 2, config.in_channels, 4, 4), torch.randn(1, 4, config.joint_attention_dim)
+    inputs = (latents, text, torch.randn(1, config.pooled_projection_dim), torch.full((1,), 500.0))
+    model(*(tensor.to(kind) for tensor in inputs)).square().mean().backward()
+    optimizer.step(1e-4, 1.0)
     if kind == "cpu":
         return resident_bytes()
-    torch.zeros(1, device="cuda")
     free, total = torch.cuda.mem_get_info()
     return total - free - torch.cuda.memory_reserved()
 

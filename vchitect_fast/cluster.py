@@ -25,7 +25,7 @@ class Timing:
     linear      [rows, width] x [width, width] with bias; backward gives the gradients of input, weight and bias
     attention   scaled_dot_product_attention: `rows` query rows of `width` = heads x head dim in sequences of `length`
     multiply    a * b into new memory, [rows, width]
-    gelu, layer_norm   [rows, width], layer_norm over width
+    gelu, layer_norm, rotate   [rows, width]; layer_norm over width, rotate the rotary of one tensor
     adamw       one fused AdamW update of rows x width fp32 parameters
     view        one operation that moves no data
     """
@@ -48,7 +48,9 @@ class Device:
     name: str  # as the driver or /proc/cpuinfo gives it
     kind: str  # "cuda" | "cpu"
     memory_bytes: int  # of the device; for a CPU, main memory that this process may use
-    matmul_flops: dict[str, float] = field(default_factory=dict)  # achieved FLOP/s on large square matmuls, by dtype name
+    matmul_flops: dict[str, float] = field(
+        default_factory=dict
+    )  # achieved FLOP/s on large square matmuls, by dtype name
     memory_bytes_per_s: float | None = None  # copy, read + write
     num_threads: int = 1  # CPU threads used while measuring; 1 for a GPU
     attention_flops: dict[str, float] = field(default_factory=dict)  # achieved FLOP/s of scaled_dot_product_attention
@@ -94,14 +96,18 @@ class Cluster:
         """Read what `to_json` wrote; UserError when it is of another schema or lacks a field."""
         version = values.get("schema_version") if isinstance(values, dict) else None
         if version != SCHEMA_VERSION:
-            raise UserError(f"expected a cluster file of schema {SCHEMA_VERSION}, got {version}; run `vchitect-fast autotune probe` again.")
+            raise UserError(
+                f"expected a cluster file of schema {SCHEMA_VERSION}, got {version}; run `vchitect-fast autotune probe` again."
+            )
         try:
             rest = {k: v for k, v in values.items() if k not in {"schema_version", "device", "links"}}
             device = dict(values["device"])
             device["timings"] = tuple(Timing(**timing) for timing in device.get("timings", ()))
             return cls(device=Device(**device), links=tuple(Link(**link) for link in values.get("links", ())), **rest)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"this is not a cluster file ({error}); run `vchitect-fast autotune probe` again.") from None
+            raise UserError(
+                f"this is not a cluster file ({error}); run `vchitect-fast autotune probe` again."
+            ) from None
 
     def save(self, path: str | Path) -> None:
         """Write the cluster as JSON: to a temporary name, synced, then renamed."""
@@ -113,6 +119,8 @@ class Cluster:
         try:
             return cls.from_json(json.loads(Path(path).read_text()))
         except OSError as error:
-            raise UserError(f"cannot read the cluster file {path} ({error.strerror}); run `vchitect-fast autotune probe` first.") from None
+            raise UserError(
+                f"cannot read the cluster file {path} ({error.strerror}); run `vchitect-fast autotune probe` first."
+            ) from None
         except json.JSONDecodeError as error:
             raise UserError(f"{path} is not JSON ({error}); run `vchitect-fast autotune probe` again.") from None

@@ -70,6 +70,35 @@ class Prediction:
     peak_parts_gib: dict[str, float]
     confidence: str  # in words, with what it rests on
 
+    def against(self, measured: dict[str, float]) -> list[Comparison]:
+        """Predicted and measured side by side, for every measured key that was predicted.
+
+        `measured` has step_s, forward_s, backward_s, optimizer_s, peak_gib or some of them; other keys are passed over.
+        Recomputation happens inside the measured backward, so its prediction is added there.
+        """
+        predicted = {"step_s": self.step_s, **self.step_parts_s, "peak_gib": self.peak_gib}
+        if "backward_s" in predicted:
+            predicted["backward_s"] += predicted.pop("recompute_s", 0.0)
+        return [
+            Comparison(name, value, measured[name])
+            for name, value in predicted.items()
+            if measured.get(name) is not None
+        ]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One predicted figure beside the measured one, both in the unit that the name ends with."""
+
+    name: str
+    predicted: float
+    measured: float
+
+    @property
+    def error(self) -> float | None:
+        """Predicted / measured - 1: positive when the prediction was too high; None where nothing was measured."""
+        return self.predicted / self.measured - 1 if self.measured else None
+
 
 @dataclass(frozen=True)
 class PlanEntry:
@@ -114,15 +143,25 @@ class Plan:
 
     def digest(self) -> str:
         """Hash of the inputs: model, device, dtype, text tokens, shapes."""
-        inputs = [self.model, self.device, self.compute_dtype, self.num_text_tokens, [entry.shape for entry in self.entries]]
+        inputs = [
+            self.model,
+            self.device,
+            self.compute_dtype,
+            self.num_text_tokens,
+            [entry.shape for entry in self.entries],
+        ]
         return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
 
     def check(self, *, model: str, device: str) -> None:
         """Refuse to run under another model or device than planned for; the message says which differs."""
         if self.model != model:
-            raise UserError(f"this Plan is for model {self.model}, the run has model {model}; run `vchitect-fast autotune --model ...` for this model.")
+            raise UserError(
+                f"this Plan is for model {self.model}, the run has model {model}; run `vchitect-fast autotune --model ...` for this model."
+            )
         if self.device != device:
-            raise UserError(f"this Plan is for device {self.device_name!r} ({self.device}), this is {device}; run `vchitect-fast autotune` on this machine.")
+            raise UserError(
+                f"this Plan is for device {self.device_name!r} ({self.device}), this is {device}; run `vchitect-fast autotune` on this machine."
+            )
 
     def entry(self, shape: VideoShape) -> PlanEntry:
         """The entry of a shape; UserError listing the planned shapes otherwise."""
@@ -130,7 +169,9 @@ class Plan:
             if entry.shape == str(shape):
                 return entry
         planned = ", ".join(entry.shape for entry in self.entries)
-        raise UserError(f"this Plan has no entry for {shape}, only {planned}; plan it with `vchitect-fast autotune --shapes {shape}`.")
+        raise UserError(
+            f"this Plan has no entry for {shape}, only {planned}; plan it with `vchitect-fast autotune --shapes {shape}`."
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the Plan as JSON: to a temporary name, synced, then renamed."""
@@ -143,20 +184,30 @@ class Plan:
         try:
             content = json.loads(Path(path).read_text())
         except OSError as error:
-            raise UserError(f"cannot read the Plan {path} ({error.strerror}); make one with `vchitect-fast autotune --out {path}`.") from None
+            raise UserError(
+                f"cannot read the Plan {path} ({error.strerror}); make one with `vchitect-fast autotune --out {path}`."
+            ) from None
         except json.JSONDecodeError as error:
-            raise UserError(f"the Plan {path} is not JSON ({error}); make it again with `vchitect-fast autotune --out {path}`.") from None
+            raise UserError(
+                f"the Plan {path} is not JSON ({error}); make it again with `vchitect-fast autotune --out {path}`."
+            ) from None
         version = content.pop("schema_version", None) if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
-            raise UserError(f"expected a Plan of schema {SCHEMA_VERSION}, got {version} in {path}; make it again with `vchitect-fast autotune`.")
+            raise UserError(
+                f"expected a Plan of schema {SCHEMA_VERSION}, got {version} in {path}; make it again with `vchitect-fast autotune`."
+            )
         stored = content.pop("hash", None)
         try:
             content["entries"] = tuple(_entry(values) for values in content["entries"])
             plan = cls(**content)
         except (KeyError, TypeError) as error:
-            raise UserError(f"{path} is not a Plan ({error}); make it again with `vchitect-fast autotune --out {path}`.") from None
+            raise UserError(
+                f"{path} is not a Plan ({error}); make it again with `vchitect-fast autotune --out {path}`."
+            ) from None
         if plan.digest() != stored:
-            raise UserError(f"the inputs of the Plan {path} were edited (hash {stored}, expected {plan.digest()}); make it again with `vchitect-fast autotune`.")
+            raise UserError(
+                f"the inputs of the Plan {path} were edited (hash {stored}, expected {plan.digest()}); make it again with `vchitect-fast autotune`."
+            )
         return plan
 
 

@@ -60,7 +60,9 @@ class Workload:
         """Model FLOPs of forward and backward: three forwards."""
         return 3 * self.forward_flops()
 
-    def saved_bytes_per_block(self, element_bytes: int, *, last: bool = False, statistics_bytes: int | None = None) -> int:
+    def saved_bytes_per_block(
+        self, element_bytes: int, *, last: bool = False, statistics_bytes: int | None = None
+    ) -> int:
         """Bytes that one block of the plain reference path saves for backward when nothing is recomputed.
 
         Counted from model/blocks.py in units of [rows, D], its input included; tests/test_workload.py counts the same with

@@ -1,0 +1,230 @@
+"""`vchitect-fast autotune`: measure this machine, plan, write plan.json. Verbs do one part of it.
+
+    (none)   probe this machine (or reuse --cluster where the file exists and is of this machine), plan, write --out
+    probe    measure this machine and write --cluster
+    plan     plan for the machine of --cluster, which need not be this one
+    explain  print the Plan of --plan
+    verify   run a few real steps of --plan here and print predicted against measured
+
+Parsing, files and printing; the numbers come from the other files of this folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vchitect_fast.architecture import PRESETS, TransformerConfig, preset
+from vchitect_fast.autotune.search import SAFETY, plan_run
+from vchitect_fast.cluster import Cluster
+from vchitect_fast.errors import UserError
+from vchitect_fast.machine import available_memory_bytes, this_device
+from vchitect_fast.plan import Plan
+from vchitect_fast.shapes import VideoShape
+
+VERBS = ("probe", "plan", "explain", "verify")
+EPILOG = """\
+verbs: none = probe (unless --cluster exists) and plan; probe = measure, write --cluster; plan = from --cluster alone;
+explain = print --plan; verify = run steps of --plan here, print predicted against measured.
+
+example: vchitect-fast autotune --model vchitect-tiny --shapes 8x96x64 8x176x96 --text-tokens 16
+example: vchitect-fast autotune verify --model vchitect-tiny --plan plan.json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `vchitect-fast autotune`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    parser.add_argument(
+        "verb", nargs="?", choices=VERBS, metavar="VERB", help="probe, plan, explain or verify; default: probe and plan"
+    )
+    parser.add_argument(
+        "--model",
+        default="vchitect-2b",
+        help=f"{', '.join(PRESETS)}, or a folder with config.json (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        metavar="FxWxH",
+        help="frames x width x height in pixels, rounded to multiples of 16; needed to plan",
+    )
+    parser.add_argument(
+        "--batch", type=int, default=1, help="samples an optimizer step, of each shape (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--text-tokens", type=int, default=333, help="tokens of the run's text encoder (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of activations and matmuls; auto = the faster (default: %(default)s)",
+    )
+    parser.add_argument("--out", default="plan.json", help="where the Plan goes (default: %(default)s)")
+    parser.add_argument("--plan", default="plan.json", help="Plan to explain or verify (default: %(default)s)")
+    parser.add_argument(
+        "--cluster",
+        help="measurements of a machine, JSON; read where it exists (default: cluster.json beside --out, measured anew)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 0; UserError for what the user can mend."""
+    actions = {None: _probe_and_plan, "probe": _probe, "plan": _plan, "explain": _explain, "verify": _verify}
+    actions[args.verb](args)
+    return 0
+
+
+def load_config(model: str) -> TransformerConfig:
+    """Sizes of a preset, or of a folder's config.json (also in its `transformer` subfolder)."""
+    if not Path(model).is_dir():
+        return preset(model)
+    for path in (Path(model, "config.json"), Path(model, "transformer", "config.json")):
+        if path.exists():
+            try:
+                values = json.loads(path.read_text())
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path} is not JSON ({error}); copy the checkpoint's own config.json again.") from None
+            if not isinstance(values, dict):
+                raise UserError(
+                    f"{path} must hold a JSON object, got {type(values).__name__}; copy the checkpoint's own config.json again."
+                )
+            return TransformerConfig.from_dict(values)
+    raise UserError(
+        f"expected config.json in {model}, found none; give a checkpoint folder or a preset ({', '.join(PRESETS)})."
+    )
+
+
+def _probe_and_plan(args: argparse.Namespace) -> None:
+    config, shapes = load_config(args.model), _shapes(args)  # before the measurement: a typo should not cost it
+    reused = args.cluster and Path(args.cluster).exists()
+    cluster = Cluster.load(args.cluster) if reused else None
+    if cluster is not None:
+        _check_here(cluster, args.cluster)
+    else:
+        cluster = _measure(args.cluster or str(Path(args.out).with_name("cluster.json")), args.json)
+    limit = cluster.device.memory_bytes
+    if cluster.device.kind == "cpu":  # other programs hold part of main memory
+        limit = min(limit, available_memory_bytes())
+    _write_plan(args, config, shapes, cluster, int(SAFETY * limit))
+
+
+def _probe(args: argparse.Namespace) -> None:
+    cluster = _measure(args.cluster or "cluster.json", args.json)
+    if args.json:
+        print(json.dumps(cluster.to_json()))
+
+
+def _plan(args: argparse.Namespace) -> None:
+    config, shapes = load_config(args.model), _shapes(args)
+    _write_plan(args, config, shapes, Cluster.load(args.cluster or "cluster.json"), None)
+
+
+def _explain(args: argparse.Namespace) -> None:
+    _show(Plan.load(args.plan), args.json)
+
+
+def _verify(args: argparse.Namespace) -> None:
+    plan, config = Plan.load(args.plan), load_config(args.model)
+    plan.check(model=config.fingerprint(), device=this_device().fingerprint())
+    _say("running a few steps of each shape", args.json)
+
+    from vchitect_fast.autotune.verify import verify
+
+    measured = verify(plan, config)
+    if args.json:
+        rows = {
+            entry.shape: [asdict(item) for item in entry.predicted.against(measured[entry.shape])]
+            for entry in plan.entries
+        }
+        print(json.dumps(rows))
+        return
+    from vchitect_fast.autotune.report import compare
+
+    _print(compare(plan, measured))
+
+
+def _shapes(args: argparse.Namespace) -> list[VideoShape]:
+    if not args.shapes:
+        raise UserError("which shapes to plan for is missing; give them as --shapes 32x512x384 or several.")
+    shapes = []
+    for text in args.shapes:
+        shape, note = VideoShape.parse(text)
+        if note:
+            _say(note, args.json)
+        shapes.append(shape)
+    return shapes
+
+
+def _measure(path: str, quiet: bool) -> Cluster:
+    from vchitect_fast.autotune.probe import probe
+
+    cluster = probe(progress=not quiet)
+    cluster.save(path)
+    device = cluster.device
+    rates = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in device.matmul_flops.items())
+    copied = (device.memory_bytes_per_s or 0.0) / 1e9
+    _say(
+        f"measured {device.name}: matmul {rates}; memory {copied:.1f} GB/s, {device.memory_bytes / 2**30:.1f} GiB; wrote {path}",
+        quiet,
+    )
+    return cluster
+
+
+def _check_here(cluster: Cluster, path: str) -> None:
+    here = this_device()
+    if cluster.device.fingerprint() != here.fingerprint():
+        there = cluster.device
+        raise UserError(
+            f"{path} was measured on {there.name} ({there.num_threads} threads, {there.memory_bytes / 2**30:.1f} GiB), this is "
+            f"{here.name} ({here.num_threads} threads, {here.memory_bytes / 2**30:.1f} GiB); leave out --cluster to measure, or use `autotune plan`."
+        )
+
+
+def _write_plan(
+    args: argparse.Namespace,
+    config: TransformerConfig,
+    shapes: list[VideoShape],
+    cluster: Cluster,
+    limit_bytes: int | None,
+) -> None:
+    plan = plan_run(
+        config,
+        shapes,
+        cluster.device,
+        batch=args.batch,
+        num_text_tokens=args.text_tokens,
+        dtype=args.dtype,
+        limit_bytes=limit_bytes,
+    )
+    plan.save(args.out)
+    _show(plan, args.json)
+    _say(f"wrote {args.out}", args.json)
+
+
+def _show(plan: Plan, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"hash": plan.digest(), **asdict(plan)}))
+        return
+    from vchitect_fast.autotune.report import render
+
+    _print(render(plan))
+
+
+def _print(renderable: Any) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(renderable) if console.is_terminal else Console(highlight=False, width=200).print(renderable)
+
+
+def _say(text: str, quiet: bool) -> None:
+    """A line for a person; on standard error when standard output holds JSON."""
+    print(text, file=sys.stderr if quiet else sys.stdout)

@@ -1,0 +1,79 @@
+"""Shows a Plan to a person: what was chosen for each shape, where its time and memory go, why the others lost.
+
+Rendering only, with rich; every figure comes out of the Plan or the measurement and is computed elsewhere.
+"""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from vchitect_fast.plan import Plan, PlanEntry
+
+PART_NAMES = {"forward_s": "forward", "backward_s": "backward", "recompute_s": "recompute", "optimizer_s": "optimizer"}
+
+
+def render(plan: Plan) -> RenderableType:
+    """Tables of the chosen entries and of their runners-up, and the confidence in words."""
+    chosen = Table(
+        title=f"Plan for {plan.device_name}, {plan.compute_dtype}, {plan.num_text_tokens} text tokens",
+        title_justify="left",
+    )
+    for heading in ("shape", "visual tokens", "batch", "recomputed", "step", "of which", "peak", "of which"):
+        chosen.add_column(heading, justify="left" if heading in ("shape", "of which") else "right")
+    for entry in plan.entries:
+        chosen.add_row(*_chosen_row(entry))
+    lost = Table(title="why the others lost", title_justify="left")
+    for heading in ("shape", "choice", "step", "peak", "why"):
+        lost.add_column(heading, justify="right" if heading in ("step", "peak") else "left")
+    for entry in plan.entries:
+        for other in entry.runners_up:
+            row = (entry.shape, other["choice"], seconds(other["step_s"]), gib(other["peak_gib"]), other["why"])
+            lost.add_row(*map(str, row))
+    rests_on = Text(
+        "predictions rest on: " + "; ".join(dict.fromkeys(entry.predicted.confidence for entry in plan.entries))
+    )
+    return Group(chosen, lost, rests_on)
+
+
+def compare(plan: Plan, measured: dict[str, dict[str, float]]) -> Table:
+    """Predicted against measured, by shape; `measured` as vchitect_fast.metrics.measured gives it."""
+    table = Table(title="predicted against measured", title_justify="left")
+    for heading in ("shape", "", "predicted", "measured", "prediction off by"):
+        table.add_column(heading, justify="left" if heading in ("shape", "") else "right")
+    for entry in plan.entries:
+        for item in entry.predicted.against(measured.get(entry.shape, {})):
+            show = gib if item.name.endswith("_gib") else seconds
+            name, _, _ = item.name.rpartition("_")
+            error = "" if item.error is None else f"{item.error:+.0%}"
+            table.add_row(entry.shape, name, show(item.predicted), show(item.measured), error)
+    return table
+
+
+def seconds(value: float) -> str:
+    """1.23 s, or 12.3 ms below a second."""
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
+
+
+def gib(value: float) -> str:
+    """1.23 GiB, or 12.3 MiB below a tenth."""
+    return f"{value:.2f} GiB" if value >= 0.1 else f"{1024 * value:.3g} MiB"
+
+
+def _chosen_row(entry: PlanEntry) -> tuple[str, ...]:
+    predicted = entry.predicted
+    time_parts = ", ".join(
+        f"{PART_NAMES.get(name, name)} {seconds(value)}" for name, value in predicted.step_parts_s.items() if value
+    )
+    byte_parts = ", ".join(f"{name} {gib(value)}" for name, value in predicted.peak_parts_gib.items())
+    return (
+        entry.shape,
+        f"{entry.video_shape.num_visual_tokens():,}",
+        f"{entry.microbatch} x {entry.accumulation}",
+        f"{entry.num_recomputed} of {len(entry.policy)}",
+        seconds(predicted.step_s),
+        time_parts,
+        gib(predicted.peak_gib),
+        byte_parts,
+    )

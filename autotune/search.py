@@ -1,0 +1,187 @@
+"""Chooses, for each VideoShape, how the global batch is split and how many blocks recompute: the fastest that fits.
+
+The space is small and searched whole: every divisor of the batch as microbatch x 0..L recomputed blocks. Recomputed are
+the first blocks, because their turn in backward comes last, when the kept ones are already freed; so the block that is
+being computed again finds room. One device; sharding and offload are decided elsewhere. Layer 0 only.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, replace
+
+from vchitect_fast.architecture import TransformerConfig
+from vchitect_fast.autotune.cost import StepCost, step_cost
+from vchitect_fast.autotune.memory import GIB, StepMemory, step_memory
+from vchitect_fast.cluster import Device
+from vchitect_fast.errors import UserError
+from vchitect_fast.plan import Plan, PlanEntry, Policy, Prediction
+from vchitect_fast.shapes import CODEC_FACTOR, VideoShape
+from vchitect_fast.workload import DTYPE_BYTES, Workload
+
+SAFETY = 0.9  # of the memory; the rest is for what memory.py does not count
+NUM_RUNNERS_UP = 3
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One point of the space with its predicted cost."""
+
+    microbatch: int  # samples a forward
+    accumulation: int  # microbatches a step
+    num_recomputed: int  # of the first blocks
+    num_layers: int
+    cost: StepCost
+    memory: StepMemory
+
+    def __str__(self) -> str:
+        return f"microbatch {self.microbatch} x {self.accumulation}, {self.num_recomputed} of {self.num_layers} blocks recomputed"
+
+    @property
+    def peak_gib(self) -> float:
+        """Predicted peak memory in GiB."""
+        return self.memory.peak_bytes / GIB
+
+
+def choices(work: Workload, device: Device, dtype: str) -> list[Choice]:
+    """The whole space for one shape; `work.batch` is the global batch."""
+    layers, batch = work.config.num_layers, work.batch
+    found = []
+    for microbatch in (size for size in range(1, batch + 1) if batch % size == 0):
+        one = replace(work, batch=microbatch)
+        for recomputed in range(layers + 1):
+            options = {"num_recomputed": recomputed, "accumulation": batch // microbatch}
+            cost, memory = step_cost(one, device, dtype, **options), step_memory(one, device, dtype, **options)
+            found.append(Choice(microbatch, batch // microbatch, recomputed, layers, cost, memory))
+    return found
+
+
+def plan_run(
+    config: TransformerConfig, shapes: list[VideoShape], device: Device, *, batch: int, num_text_tokens: int, dtype: str,
+    limit_bytes: int | None = None,
+) -> Plan:  # fmt: skip
+    """The Plan for a run on one device.
+
+    batch            samples a step, the same for every shape
+    num_text_tokens  of the text encoder that the run will use
+    dtype            "float32", "bfloat16", or "auto": the one with the shorter steps, summed over the shapes
+    limit_bytes      memory that may be used; 0.9 of the device's by default
+
+    Raises UserError when a shape fits in no way, with what is missing and the nearest shape that fits.
+    """
+    if batch < 1 or num_text_tokens < 1 or not shapes:
+        raise UserError(
+            f"a Plan needs at least one shape, sample and text token, got {len(shapes)}, {batch} and {num_text_tokens}."
+        )
+    if dtype == "auto":
+        return _faster_dtype(config, shapes, device, batch, num_text_tokens, limit_bytes)
+    limit = int(SAFETY * device.memory_bytes) if limit_bytes is None else limit_bytes
+    entries = []
+    for shape in dict.fromkeys(shapes):
+        _check_grid(config, shape)
+        work = Workload(config, shape, batch, num_text_tokens)
+        entries.append(_entry(work, device, dtype, limit))
+    return Plan(
+        model=config.fingerprint(),
+        device=device.fingerprint(),
+        device_name=device.name,
+        compute_dtype=dtype,
+        num_text_tokens=num_text_tokens,
+        entries=tuple(entries),
+        peak_flops=device.matmul_flops.get(dtype),
+    )
+
+
+def confidence(device: Device) -> str:
+    """What the predictions rest on, from the probe's own residuals."""
+    held_out = (
+        "no held-out sizes"
+        if device.fit_error is None
+        else f"off by {device.fit_error:.0%} on average at held-out sizes"
+    )
+    spread = statistics.median(timing.spread for timing in device.timings)
+    return (
+        f"rates {device.source or 'of unknown source'}; interpolated between sizes, {held_out}; "
+        f"repeats spread by {spread:.0%} (large on a machine that others use); reading and encoding data not included"
+    )
+
+
+def _faster_dtype(
+    config: TransformerConfig, shapes: list[VideoShape], device: Device, batch: int, num_text_tokens: int,
+    limit_bytes: int | None,
+) -> Plan:  # fmt: skip
+    plans, refusals = [], []
+    for dtype in DTYPE_BYTES:
+        try:
+            options = {"batch": batch, "num_text_tokens": num_text_tokens, "dtype": dtype, "limit_bytes": limit_bytes}
+            plans.append(plan_run(config, shapes, device, **options))
+        except UserError as error:
+            refusals.append(error)
+    if not plans:
+        raise refusals[-1]  # of the narrower dtype: the nearest to fitting
+    return min(plans, key=lambda plan: sum(entry.predicted.step_s for entry in plan.entries))
+
+
+def _entry(work: Workload, device: Device, dtype: str, limit: int) -> PlanEntry:
+    space = choices(work, device, dtype)
+    fitting = [choice for choice in space if choice.memory.peak_bytes <= limit]
+    if not fitting:
+        raise _nothing_fits(work, device, dtype, limit, min(space, key=lambda choice: choice.memory.peak_bytes))
+    best = min(fitting, key=lambda choice: (choice.cost.step_s, choice.memory.peak_bytes))
+    others = sorted((choice for choice in space if choice is not best), key=lambda choice: choice.cost.step_s)
+    policy = tuple(
+        Policy.recompute() if index < best.num_recomputed else Policy.keep() for index in range(best.num_layers)
+    )
+    return PlanEntry(
+        shape=str(work.shape),
+        policy=policy,
+        microbatch=best.microbatch,
+        accumulation=best.accumulation,
+        predicted=Prediction(
+            best.cost.step_s, best.cost.parts(), best.peak_gib, best.memory.parts_gib(), confidence(device)
+        ),
+        runners_up=tuple(_runner_up(other, best, limit) for other in others[:NUM_RUNNERS_UP]),
+    )
+
+
+def _runner_up(other: Choice, best: Choice, limit: int) -> dict[str, object]:
+    if other.memory.peak_bytes > limit:
+        why = f"does not fit: {other.peak_gib:.2f} of {limit / GIB:.2f} GiB"
+    else:
+        reasons = []
+        if other.num_recomputed > best.num_recomputed:
+            reasons.append(f"recomputes {other.num_recomputed - best.num_recomputed} blocks more than memory asks for")
+        if other.microbatch != best.microbatch:
+            reasons.append("larger microbatches" if other.microbatch > best.microbatch else "smaller microbatches")
+        why = f"slower by {other.cost.step_s / best.cost.step_s - 1:.1%}: {' and '.join(reasons) or 'recomputes less but costs more'}"
+    return {"choice": str(other), "step_s": other.cost.step_s, "peak_gib": other.peak_gib, "why": why}
+
+
+def _check_grid(config: TransformerConfig, shape: VideoShape) -> None:
+    side = config.pos_embed_max_size * config.patch_size * CODEC_FACTOR
+    if shape.width > side or shape.height > side:
+        raise UserError(
+            f"{shape} exceeds the model's position grid of {side} x {side} pixels; choose a smaller shape or another model."
+        )
+
+
+def _nothing_fits(work: Workload, device: Device, dtype: str, limit: int, leanest: Choice) -> UserError:
+    def fits(frames: int) -> bool:
+        one = replace(work, batch=1, shape=replace(work.shape, num_frames=frames))
+        options = {"num_recomputed": work.config.num_layers, "accumulation": work.batch}
+        return step_memory(one, device, dtype, **options).peak_bytes <= limit
+
+    low, high = 0, work.shape.num_frames  # `low` frames fit or are 0, `high` do not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    resident_gib = (leanest.memory.states_bytes + leanest.memory.process_bytes) / GIB
+    nearest = (
+        f"the nearest that fits is {replace(work.shape, num_frames=low)}"
+        if low
+        else f"not even one frame fits, parameters and optimizer alone take {resident_gib:.2f} GiB"
+    )
+    return UserError(
+        f"{work.shape} in {dtype} needs {leanest.peak_gib:.2f} GiB at the least ({leanest}), {limit / GIB:.2f} GiB may be used "
+        f"on {device.name}, {leanest.peak_gib - limit / GIB:.2f} GiB are missing; {nearest}."
+    )
