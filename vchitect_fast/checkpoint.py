@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]
     folder = run / f"checkpoint-{step:08d}"
     try:
         with whole_folder(folder) as partial:
-            dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(partial, single_file_per_rank=True), no_dist=True)
+            _alone(dcp.save, dict(tensors), storage_writer=dcp.FileSystemWriter(partial, single_file_per_rank=True))
             files = {item.name: item.stat().st_size for item in sorted(partial.iterdir())}
             content = {"step": step, **state, "files": files}
             (partial / STATE_FILE).write_text(json.dumps(content, indent=1))
@@ -87,7 +89,7 @@ def load(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
             f"(first: {(absent + misshaped)[0]}); resume with the model it was made with."
         )
     with torch.no_grad():
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+        _alone(dcp.load, tensors, storage_reader=dcp.FileSystemReader(folder))
     return state
 
 
@@ -98,8 +100,15 @@ def load_prefix(folder: Path, prefix: str) -> dict[str, Tensor]:
     tensors = {
         name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in stored.items() if name.startswith(prefix)
     }
-    dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    _alone(dcp.load, tensors, storage_reader=dcp.FileSystemReader(folder))
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def _alone(call: Callable[..., Any], *args: Any, **options: Any) -> None:
+    """Save or load in one process, which is meant: torch warns of it each time, though told so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        call(*args, no_dist=True, **options)
 
 
 def _others(folder: Path) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,6 @@ from torch import Tensor
 
 from vchitect_fast.architecture import TransformerConfig
 from vchitect_fast.config import TrainConfig
-from vchitect_fast.data import write_video
 from vchitect_fast.errors import UserError
 from vchitect_fast.files import whole_file
 from vchitect_fast.model import VchitectTransformer
@@ -29,6 +29,7 @@ from vchitect_fast.model.text import TextEncoder, load_text_encoder
 from vchitect_fast.model.vae import Codec, load_codec
 from vchitect_fast.model.weights import read_json
 from vchitect_fast.shapes import VideoShape
+from vchitect_fast.video import write_video
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,8 +58,8 @@ class Pipeline:
         guidance_kind: str = "constant",
         shift: float = 1.0,
         progress: bool = False,
-    ) -> np.ndarray:
-        """uint8 [B, T, H, W, 3], one video a prompt; each depends on its own seed only, not on its neighbours."""
+    ) -> Tensor:
+        """uint8 [B, T, H, W, 3] on the CPU, one video a prompt; each depends on its own seed only, not on its neighbours."""
         from rich.progress import track
 
         size = (shape.num_frames, self.config.in_channels, shape.latent_height, shape.latent_width)
@@ -72,8 +73,7 @@ class Pipeline:
             pass
         with torch.no_grad():
             video = self.codec.decode(latents)
-        frames = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        return frames.permute(0, 1, 3, 4, 2).cpu().numpy()
+        return to_frames(video)
 
     def write_samples(self, prompts: Sequence[str], shape: VideoShape, stem: Path, config: TrainConfig) -> Path:
         """Samples of a training run as `<stem>-<k>.mp4` and one filmstrip `<stem>.png`; returns the filmstrip's path."""
@@ -123,12 +123,19 @@ def pipeline_settings(folder: Path) -> dict[str, object]:
     return settings
 
 
-def filmstrip(rows: dict[str, np.ndarray], max_frames: int = 8, caption_height: int = 18) -> Image:
+def to_frames(video_BTCHW: Tensor) -> Tensor:
+    """[-1, 1] RGB of any float dtype -> uint8 [B, T, H, W, 3] on the CPU."""
+    scaled = (video_BTCHW.float().clamp(-1, 1) + 1) * 127.5
+    return scaled.round().to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous().cpu()
+
+
+def filmstrip(rows: dict[str, Tensor], max_frames: int = 8, caption_height: int = 18) -> Image:
     """Videos [T, H, W, 3] uint8 as one picture: a row a video under its caption, frames spread over its length."""
     from PIL import Image, ImageDraw, ImageFont
 
     strips = []
-    for frames in rows.values():
+    for video in rows.values():
+        frames = video.numpy()
         picks = np.linspace(0, len(frames) - 1, min(max_frames, len(frames))).round().astype(int)
         strips.append(np.concatenate([np.pad(frames[i], ((0, 0), (0, 2), (0, 0)), constant_values=255) for i in picks], axis=1))
     width = max(strip.shape[1] for strip in strips)
@@ -146,17 +153,17 @@ def filmstrip(rows: dict[str, np.ndarray], max_frames: int = 8, caption_height: 
     return picture
 
 
-def save_filmstrip(rows: dict[str, np.ndarray], path: Path) -> Path:
+def save_filmstrip(rows: dict[str, Tensor], path: Path) -> Path:
     """Write `filmstrip(rows)` as a PNG, whole or not at all."""
     with whole_file(path) as partial:
         filmstrip(rows).save(partial)
     return path
 
 
-def psnr_db(a: np.ndarray, b: np.ndarray) -> float:
+def psnr_db(a: Tensor, b: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of two uint8 videos of one shape; infinite where they are equal."""
-    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
-    return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
+    error = float((a.double() - b.double()).square().mean())
+    return float("inf") if error == 0 else 10 * math.log10(255**2 / error)
 
 
 EXAMPLE = "example: vchitect-fast sample --model runs/train/model --prompt 'a cyclist on a road' --shape 8x128x64 --out x.mp4"

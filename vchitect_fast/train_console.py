@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from vchitect_fast.config import TrainConfig
 from vchitect_fast.model import VchitectTransformer
@@ -21,7 +22,7 @@ class Console:
 
     def __init__(self, config: TrainConfig, plan: Plan, model: VchitectTransformer, start: int) -> None:
         self._config, self._start = config, start
-        self._rich = RichConsole(highlight=False)
+        self._rich = RichConsole(highlight=False, soft_wrap=True)
         entries = ", ".join(
             f"{e.shape} (batch {e.microbatch} x {e.accumulation}, {e.num_recomputed} of {len(e.policy)} blocks recomputed, "
             f"predicted {e.predicted.step_s:.2f} s and {e.predicted.peak_gib:.2f} GiB)"
@@ -58,7 +59,6 @@ class Console:
         """Print where a checkpoint went."""
         self._rich.print(f"saved    {folder}")
 
-
 def line(step: int, record: dict[str, Any]) -> str:
     """One step as one line, every figure with its unit."""
     parts = "/".join(f"{1000 * record[name]:.0f}" for name in ("data_s", "encode_s", "forward_s", "backward_s", "optimizer_s"))
@@ -68,3 +68,23 @@ def line(step: int, record: dict[str, Any]) -> str:
         f"{1000 * record['step_s']:.0f} ms (data/encode/fwd/bwd/opt {parts})  {record['tokens_per_s']:,.0f} tokens/s  "
         f"{record['model_flops'] / record['step_s'] / 1e12:.3g} TFLOP/s  MFU {mfu}  peak {record['peak_gib']:.2f} GiB"
     )
+
+
+def print_summary(config: TrainConfig, plan: Plan, summary: dict[str, Any]) -> None:
+    """At the end: predicted against measured for each shape that ran, what was skipped, where things are."""
+    console = RichConsole(highlight=False, soft_wrap=True)
+    for shape, measured in summary["measured"].items():
+        table = Table(title=f"{shape}: predicted before, measured in this run (median step)", title_justify="left")
+        for heading in ("one step", "predicted", "measured", "error"):
+            table.add_column(heading, justify="left" if heading == "one step" else "right")
+        entry = next(entry for entry in plan.entries if entry.shape == shape)
+        for row in entry.predicted.against(measured):
+            unit, scale = ("GiB", 1.0) if row.name.endswith("_gib") else ("ms", 1000.0)
+            error = "not measured" if row.error is None else f"{100 * row.error:+.0f} %"
+            table.add_row(row.name, f"{scale * row.predicted:.2f} {unit}", f"{scale * row.measured:.2f} {unit}", error)
+        console.print(table)
+    for path, reason in summary["skipped"].items():
+        console.print(f"skipped  {path}: {reason}")
+    console.print(f"log      {config.out}/log.jsonl\nsaved    {summary['checkpoint']}")
+    if "model" in summary:
+        console.print(f"model    {summary['model']}  (vchitect-fast sample --model {summary['model']} --prompt '...' --out x.mp4)")
