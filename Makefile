@@ -21,7 +21,7 @@ help:
 
 .venv/made:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || \
-	  { echo "expected Python 3.11 to 3.13 as $(PYTHON), got $$($(PYTHON) --version 2>&1 | head -1); name another with PYTHON=python3.12 make ..." >&2; exit 1; }
+	  { echo "expected Python 3.11 to 3.13 as $(PYTHON), got $$($(PYTHON) --version 2>/dev/null || echo none); name another with PYTHON=python3.12 make ..." >&2; exit 1; }
 	@command -v "$${CXX:-c++}" >/dev/null || \
 	  { echo "expected a C++17 compiler as $${CXX:-c++}, found none; install one (Debian, Ubuntu: apt install g++)." >&2; exit 1; }
 	@$(PYTHON) -m venv .venv || \
@@ -55,8 +55,8 @@ ctest: .venv/dev
 mypy: .venv/dev
 	@echo "== mypy"
 	@rm -rf build/types && mkdir -p build/types/vchitect_fast
-	@ln -s $(CURDIR)/vchitect_fast/* $(CURDIR)/autotune $(CURDIR)/profiling $(CURDIR)/curation $(CURDIR)/benchmarks build/types/vchitect_fast/
-	@cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p vchitect_fast
+	@cd build/types/vchitect_fast && ln -s ../../../vchitect_fast/* . && ln -s $(filter-out ../../../vchitect_fast,$(FOLDERS:%=../../../%)) .
+	@cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p vchitect_fast
 
 lint: mypy
 	@echo "== ruff, clang-format"
