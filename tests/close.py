@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 
-def assert_close_to_exact(actual: Tensor, exact: Tensor, reference: Tensor, *, reduced: int, name: str = "output") -> None:
+def assert_close_to_exact(
+    actual: Tensor, exact: Tensor, reference: Tensor, *, reduced: int, name: str = "output"
+) -> None:
     """Fail with the worst element, both errors and the budget unless `actual` keeps to the rule above."""
     assert actual.shape == exact.shape == reference.shape, f"{name}: {actual.shape}, {exact.shape}, {reference.shape}"
     assert exact.dtype == torch.float64, f"{name}: exact must be fp64, got {exact.dtype}"

@@ -53,7 +53,9 @@ class TransformerConfig:
                 f"got {self.attention_head_dim} and {self.hidden_dim}."
             )
         if self.in_channels != self.out_channels:
-            raise UserError(f"in_channels and out_channels must agree (velocity), got {self.in_channels}, {self.out_channels}.")
+            raise UserError(
+                f"in_channels and out_channels must agree (velocity), got {self.in_channels}, {self.out_channels}."
+            )
 
     @property
     def hidden_dim(self) -> int:
@@ -86,7 +88,12 @@ class TransformerConfig:
         square, bias = d * d, d
         block = 43 * square + 37 * bias  # 15 attention, 6 + 6 modulation, 8 + 8 feed-forward
         without_text_output = 13 * square + 10 * bias  # last block: no to_add_out, no ff_context, 2D modulation
-        embed = (p2c + 1) * d + (256 + self.pooled_projection_dim + 2) * d + 2 * (square + bias) + (self.joint_attention_dim + 1) * d
+        embed = (
+            (p2c + 1) * d
+            + (256 + self.pooled_projection_dim + 2) * d
+            + 2 * (square + bias)
+            + (self.joint_attention_dim + 1) * d
+        )
         output = 2 * (square + bias) + p2c * d + p2c
         return self.num_layers * block - without_text_output + embed + output
 

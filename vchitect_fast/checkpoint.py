@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from vchitect_fast.errors import UserError
 from vchitect_fast.files import whole_folder, write_text
@@ -47,7 +48,9 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]
     except (OSError, dcp.api.CheckpointException) as error:
         good = latest(run)
         kept = f"the last good checkpoint is {good}" if good else "there was none before"
-        raise UserError(f"could not write {folder} ({_first_line(error)}); {kept}; free some space and start the same command again.") from None
+        raise UserError(
+            f"could not write {folder} ({_first_line(error)}); {kept}; free some space and start the same command again."
+        ) from None
     for old in sorted(run.glob("checkpoint-????????"))[:-keep_last]:
         shutil.rmtree(old)
     return folder
@@ -80,7 +83,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 def load(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Fill the given tensors in place from a checkpoint and return its state; every name must be there with its shape."""
     state = read_state(folder)
-    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    stored = _stored(folder)
     absent = sorted(tensors.keys() - stored.keys())
     misshaped = sorted(n for n in tensors.keys() & stored.keys() if stored[n].size != tensors[n].shape)
     if absent or misshaped:
@@ -96,12 +99,19 @@ def load(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
 def load_prefix(folder: Path, prefix: str) -> dict[str, Tensor]:
     """All tensors whose name starts with `prefix`, without it, on the CPU."""
     read_state(folder)
-    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    stored = _stored(folder)
     tensors = {
-        name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in stored.items() if name.startswith(prefix)
+        name: torch.empty(meta.size, dtype=meta.properties.dtype)
+        for name, meta in stored.items()
+        if name.startswith(prefix)
     }
     _alone(dcp.load, tensors, storage_reader=dcp.FileSystemReader(folder))
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def _stored(folder: Path) -> dict[str, TensorStorageMetadata]:
+    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {name: meta for name, meta in stored.items() if isinstance(meta, TensorStorageMetadata)}
 
 
 def _alone(call: Callable[..., Any], *args: Any, **options: Any) -> None:

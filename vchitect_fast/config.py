@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -74,18 +75,22 @@ class TrainConfig:
         write_text(path, yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
 
     @classmethod
-    def load(cls, path: str | Path, overrides: list[str] = ()) -> TrainConfig:
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         """Read a YAML file, then apply `name=value` overrides (values are YAML too)."""
         import yaml
 
         try:
             values = yaml.safe_load(Path(path).read_text())
         except OSError as error:
-            raise UserError(f"cannot read the run file {path} ({error.strerror}); write one as `vchitect-fast train --help` shows.") from None
+            raise UserError(
+                f"cannot read the run file {path} ({error.strerror}); write one as `vchitect-fast train --help` shows."
+            ) from None
         except yaml.YAMLError as error:
             raise UserError(f"{path} is not YAML ({' '.join(str(error).split())}); correct it.") from None
         if not isinstance(values, dict):
-            raise UserError(f"{path} must hold `name: value` lines, got {type(values).__name__}; see `vchitect-fast train --help`.")
+            raise UserError(
+                f"{path} must hold `name: value` lines, got {type(values).__name__}; see `vchitect-fast train --help`."
+            )
         for override in overrides:
             name, equals, text = override.partition("=")
             if not equals:
@@ -102,7 +107,9 @@ class TrainConfig:
                 raise unknown_name("run field", str(name), known)
         missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in values]
         if missing:
-            raise UserError(f"the run lacks {', '.join(missing)}; add it to the YAML or as {missing[0]}=... on the command line.")
+            raise UserError(
+                f"the run lacks {', '.join(missing)}; add it to the YAML or as {missing[0]}=... on the command line."
+            )
         return cls(**{name: _typed(name, str(known[name].type), value) for name, value in values.items()})
 
 

@@ -18,7 +18,6 @@ from vchitect_fast.errors import UserError
 from vchitect_fast.files import write_text
 from vchitect_fast.model import VchitectTransformer
 from vchitect_fast.model.weights import check_names, save_pretrained
-from vchitect_fast.plan import Plan
 from vchitect_fast.sample import PIPELINE_FILE
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -37,16 +36,23 @@ def export_checkpoint(folder: Path, out: Path, weights: str = "ema") -> Path:
     save_pretrained(config, {name: tensors[name] for name in expected}, out, MAX_SHARD_BYTES)
     run = state["config"]
     settings = {key: run[key] for key in ("codec", "text_encoder", "fps", "shift")}
-    write_text(out / PIPELINE_FILE, json.dumps({**settings, "shape": state["shape"], "step": state["step"], "weights": weights}, indent=1))
+    write_text(
+        out / PIPELINE_FILE,
+        json.dumps({**settings, "shape": state["shape"], "step": state["step"], "weights": weights}, indent=1),
+    )
     return out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vchitect-fast export`."""
     parser.epilog = "example: vchitect-fast export --run runs/train --out my-model"
-    parser.add_argument("--run", required=True, type=Path, help="folder of a training run, or one checkpoint-<step> in it")
+    parser.add_argument(
+        "--run", required=True, type=Path, help="folder of a training run, or one checkpoint-<step> in it"
+    )
     parser.add_argument("--out", required=True, type=Path, help="model folder to write")
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or raw weights (default ema)")
+    parser.add_argument(
+        "--weights", choices=("ema", "model"), default="ema", help="averaged or raw weights (default ema)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -23,9 +23,11 @@ TIMINGS = ("data_s", "encode_s", *COMPUTE_TIMINGS)
 class Writer(Protocol):
     """A place for scalars."""
 
-    def scalars(self, values: dict[str, float], step: int) -> None: ...
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Take the numbers of one event."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Flush and end."""
 
 
 class Log:
@@ -49,7 +51,10 @@ class Log:
         for writer in self._writers:
             writer.scalars(numbers, step)
 
-    def close(self) -> None:
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
         """Flush and close all writers."""
         self._file.close()
         for writer in self._writers:
@@ -99,12 +104,29 @@ def measured(run: Path) -> dict[str, dict[str, float]]:
     return result
 
 
+def reset_peak(device_kind: str) -> None:
+    """Count the peak from here; where the system does not allow that for a CPU process, it counts from its start."""
+    if device_kind == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM of this process (man proc)
+    except OSError:
+        return
+
+
 def peak_bytes(device_kind: str) -> int:
-    """Most memory used so far: on a GPU what torch allocated, on a CPU the resident bytes of the process."""
+    """Most memory used since `reset_peak`: on a GPU what torch allocated, on a CPU the resident bytes of the process."""
     if device_kind == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

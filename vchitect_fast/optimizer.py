@@ -7,6 +7,8 @@ Weight decay applies to matrices only. Source: Micikevicius et al. 2018 (master 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -64,8 +66,9 @@ class MasterAdamW:
         }
 
 
-def _gradient_to(master: Tensor):  # noqa: ANN202 - a hook
+def _gradient_to(master: Tensor) -> Callable[[Tensor], None]:
     def add(parameter: Tensor) -> None:
+        assert parameter.grad is not None  # the hook runs after it was accumulated
         gradient = parameter.grad.float()
         master.grad = gradient if master.grad is None else master.grad.add_(gradient)
         parameter.grad = None

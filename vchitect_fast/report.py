@@ -54,11 +54,15 @@ class ClipResult:
     sample_psnr_db: float  # against the original
 
 
-def write_report(path: Path, *, title: str, run: Path, plan: Plan, results: list[ClipResult], facts: dict[str, str], commands: str) -> Path:
+def write_report(
+    path: Path, *, title: str, run: Path, plan: Plan, results: list[ClipResult], facts: dict[str, str], commands: str
+) -> Path:
     """Write the page. `facts` are the cards on top, value by label; `commands` is what to try next."""
     log = read_log(run)
     measured = next(event["measured"] for event in reversed(log) if event["kind"] == "done")
-    cards = "".join(f'<div class="card"><b>{_text(value)}</b><span>{_text(label)}</span></div>' for label, value in facts.items())
+    cards = "".join(
+        f'<div class="card"><b>{_text(value)}</b><span>{_text(label)}</span></div>' for label, value in facts.items()
+    )
     body = [
         f"<h1>{_text(title)}</h1>",
         f'<p class="lead">Trained on {_text(plan.device_name)} in {_text(plan.compute_dtype)}. '
@@ -128,7 +132,9 @@ def _plan_entry(entry: PlanEntry, measured: dict[str, float] | None) -> str:
 
 
 def _name(field: str) -> str:
-    return {"step_s": "whole step (without data and encode)", "peak_gib": "peak memory"}.get(field, field.removesuffix("_s"))
+    return {"step_s": "whole step (without data and encode)", "peak_gib": "peak memory"}.get(
+        field, field.removesuffix("_s")
+    )
 
 
 def _quantity(field: str, value: float) -> str:
@@ -153,12 +159,25 @@ def _svg(figure: Any) -> str:
 def _loss_plot(log: list[dict[str, Any]]) -> str:
     figure, axes = _figure(9, 3.6)
     steps = [event for event in log if event["kind"] == "step"]
-    axes.plot([e["step"] for e in steps], [e["loss"] for e in steps], color="#b9c3d6", linewidth=0.8, label="training, each step")
+    axes.plot(
+        [e["step"] for e in steps],
+        [e["loss"] for e in steps],
+        color="#b9c3d6",
+        linewidth=0.8,
+        label="training, each step",
+    )
     checks = [event for event in log if event["kind"] == "validation"]
     colours = ("#0b7285", "#1c7ed6", "#7048e8", "#c2255c", "#e8590c")
     for colour, sigma in zip(colours, checks[0]["by_sigma"] if checks else (), strict=False):
         values = [event["by_sigma"][sigma] for event in checks]
-        axes.plot([e["step"] for e in checks], values, color=colour, marker="o", markersize=3, label=f"at noise level {float(sigma):.2f}")
+        axes.plot(
+            [e["step"] for e in checks],
+            values,
+            color=colour,
+            marker="o",
+            markersize=3,
+            label=f"at noise level {float(sigma):.2f}",
+        )
     axes.set(xlabel="step", ylabel="mean squared error of the velocity", yscale="log")
     axes.grid(axis="y", which="both", color="#edf0f4")
     axes.legend(frameon=False, fontsize=8, ncols=2)

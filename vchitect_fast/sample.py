@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -68,9 +68,7 @@ class Pipeline:
             self.velocity, noise.to(self.device), self._embed(prompts), self._embed([""]),
             num_steps=num_steps, shift=shift, guidance=guidance, guidance_kind=guidance_kind,
         )  # fmt: skip
-        latents = noise
-        for latents in track(steps, "sampling", total=num_steps, disable=not progress, transient=True):
-            pass
+        *_, latents = track(steps, "sampling", total=num_steps, disable=not progress, transient=True)
         with torch.no_grad():
             video = self.codec.decode(latents)
         return to_frames(video)
@@ -98,7 +96,9 @@ class Pipeline:
         text_encoder = text_encoder or settings.get("text_encoder")
         if codec is None or text_encoder is None:
             lacking = " and ".join(n for n, v in (("--codec", codec), ("--text-encoder", text_encoder)) if v is None)
-            raise UserError(f"{folder} does not name its latent codec and text encoder; give {lacking} (a folder with SD3's, or dct and hash).")
+            raise UserError(
+                f"{folder} does not name its latent codec and text encoder; give {lacking} (a folder with SD3's, or dct and hash)."
+            )
         return cls(
             model,
             model.config,
@@ -111,11 +111,11 @@ class Pipeline:
         )  # fmt: skip
 
 
-def pipeline_settings(folder: Path) -> dict[str, object]:
+def pipeline_settings(folder: Path) -> dict[str, Any]:
     """What a folder says of its pipeline: pipeline.json, or the subfolders of a diffusers pipeline."""
     if (folder / PIPELINE_FILE).exists():
         return read_json(folder / PIPELINE_FILE)
-    settings: dict[str, object] = {}
+    settings: dict[str, Any] = {}
     if (folder / "vae").is_dir():
         settings["codec"] = str(folder)
     if (folder / "text_encoder").is_dir():
@@ -137,7 +137,9 @@ def filmstrip(rows: dict[str, Tensor], max_frames: int = 8, caption_height: int 
     for video in rows.values():
         frames = video.numpy()
         picks = np.linspace(0, len(frames) - 1, min(max_frames, len(frames))).round().astype(int)
-        strips.append(np.concatenate([np.pad(frames[i], ((0, 0), (0, 2), (0, 0)), constant_values=255) for i in picks], axis=1))
+        strips.append(
+            np.concatenate([np.pad(frames[i], ((0, 0), (0, 2), (0, 0)), constant_values=255) for i in picks], axis=1)
+        )
     width = max(strip.shape[1] for strip in strips)
     height = sum(strip.shape[0] + caption_height for strip in strips)
     picture = Image.new("RGB", (width, height), "white")
@@ -166,7 +168,9 @@ def psnr_db(a: Tensor, b: Tensor) -> float:
     return float("inf") if error == 0 else 10 * math.log10(255**2 / error)
 
 
-EXAMPLE = "example: vchitect-fast sample --model runs/train/model --prompt 'a cyclist on a road' --shape 8x128x64 --out x.mp4"
+EXAMPLE = (
+    "example: vchitect-fast sample --model runs/train/model --prompt 'a cyclist on a road' --shape 8x128x64 --out x.mp4"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -178,12 +182,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", help="frames x width x height in pixels (default: the shape it was trained on)")
     parser.add_argument("--steps", type=int, default=30, help="Euler steps (default 30)")
     parser.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance, 1 = none (default 4)")
-    parser.add_argument("--guidance-kind", choices=GUIDANCE_KINDS, default="constant", help="constant, or the release's formula (parity only)")
-    parser.add_argument("--shift", type=float, help="resolution shift of the noise levels (default: as trained, else 3)")
+    parser.add_argument(
+        "--guidance-kind",
+        choices=GUIDANCE_KINDS,
+        default="constant",
+        help="constant, or the release's formula (parity only)",
+    )
+    parser.add_argument(
+        "--shift", type=float, help="resolution shift of the noise levels (default: as trained, else 3)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     parser.add_argument("--fps", type=float, help="frames a second of the mp4 (default: as trained, else 8)")
-    parser.add_argument("--codec", help='"dct" or a folder with SD3\'s AutoencoderKL (default: what the model folder names)')
-    parser.add_argument("--text-encoder", help='"hash" or a folder with SD3\'s text encoders (default: what the model folder names)')
+    parser.add_argument(
+        "--codec", help='"dct" or a folder with SD3\'s AutoencoderKL (default: what the model folder names)'
+    )
+    parser.add_argument(
+        "--text-encoder", help='"hash" or a folder with SD3\'s text encoders (default: what the model folder names)'
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
@@ -192,7 +207,9 @@ def run(args: argparse.Namespace) -> int:
     settings = pipeline_settings(args.model)
     asked = args.shape or settings.get("shape")
     if asked is None:
-        raise UserError(f"{args.model} does not say which shape it was trained on; give --shape, for example 16x512x288.")
+        raise UserError(
+            f"{args.model} does not say which shape it was trained on; give --shape, for example 16x512x288."
+        )
     shape, note = VideoShape.parse(str(asked))
     if note:
         print(note)
@@ -205,6 +222,13 @@ def run(args: argparse.Namespace) -> int:
     fps = float(args.fps or settings.get("fps") or 8.0)
     write_video(args.out, frames, fps)
     strip = save_filmstrip({args.prompt: frames}, args.out.with_suffix(".png"))
-    result = {"video": str(args.out), "filmstrip": str(strip), "shape": str(shape), "fps": fps, "seed": args.seed, "steps": args.steps}
+    result = {
+        "video": str(args.out),
+        "filmstrip": str(strip),
+        "shape": str(shape),
+        "fps": fps,
+        "seed": args.seed,
+        "steps": args.steps,
+    }
     print(json.dumps(result) if args.json else f"{shape} at {fps:g} frames/s: {args.out}, filmstrip {strip}")
     return 0

@@ -35,10 +35,14 @@ class VideoShape:
 
     def __post_init__(self) -> None:
         if self.num_frames < 1 or self.width < 1 or self.height < 1:
-            raise UserError(f"a VideoShape needs positive frames x width x height, got {self}; write it like 32x512x384.")
+            raise UserError(
+                f"a VideoShape needs positive frames x width x height, got {self}; write it like 32x512x384."
+            )
         if self.width % SIZE_MULTIPLE or self.height % SIZE_MULTIPLE:
             near = f"{self.num_frames}x{round_size(self.width)}x{round_size(self.height)}"
-            raise UserError(f"width and height must be multiples of {SIZE_MULTIPLE}, got {self}; the nearest is {near}.")
+            raise UserError(
+                f"width and height must be multiples of {SIZE_MULTIPLE}, got {self}; the nearest is {near}."
+            )
 
     @classmethod
     def parse(cls, text: str) -> tuple[VideoShape, str]:

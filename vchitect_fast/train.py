@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,20 +27,19 @@ from torch import Tensor
 from torch.func import functional_call
 
 from vchitect_fast import checkpoint
-from vchitect_fast.architecture import PRESETS, TransformerConfig, preset
+from vchitect_fast.architecture import PRESETS, preset
 from vchitect_fast.config import TrainConfig, describe_fields
 from vchitect_fast.data import Batch, VideoData
 from vchitect_fast.ema import EMA
 from vchitect_fast.errors import UserError
 from vchitect_fast.export import export_checkpoint
 from vchitect_fast.machine import this_device
-from vchitect_fast.manifest import read_manifest
-from vchitect_fast.metrics import Log, measured, peak_bytes, rewind_log
+from vchitect_fast.manifest import Clip, read_manifest
+from vchitect_fast.metrics import Log, measured, peak_bytes, reset_peak, rewind_log
 from vchitect_fast.model import VchitectTransformer
 from vchitect_fast.model.flow import draw_sigma, drop_captions, flow_loss
 from vchitect_fast.model.text import load_text_encoder
 from vchitect_fast.model.vae import load_codec
-from vchitect_fast.model.weights import read_json
 from vchitect_fast.optimizer import MasterAdamW
 from vchitect_fast.plan import Plan
 from vchitect_fast.sample import Pipeline
@@ -55,78 +55,101 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Raises UserError for anything the user can mend, before the first step where it can be known then.
     """
-    run = Path(config.out)
-    plan = Plan.load(config.plan)
+    run, plan = Path(config.out), Plan.load(config.plan)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(config.seed)
-    model = build_model(config)
-    plan.check(model=model.config.fingerprint(), device=this_device().fingerprint())
-    model.to(device)
-    for parameter in model.parameters():  # not the position grid, which stays fp32
-        parameter.data = parameter.data.to(getattr(torch, plan.compute_dtype))
+    reset_peak(device.type)
+    clips = read_manifest(config.manifest)
+    model = build_model(config, plan).to(device)
     optimizer = MasterAdamW(model, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2))
     ema = EMA(optimizer.masters, config.ema_decay)
     tensors = run_tensors(model, optimizer, ema)
     start = resume(config, tensors)
     optimizer.copy_masters()
+    pipeline = build_pipeline(config, plan, model, ema, device)
+    open_data = partial(build_data, config, plan, pipeline)
+    validate = validation(config, open_data, pipeline)
+    state = {"model": model.config.to_dict(), "config": asdict(config), "shape": plan.entries[0].shape}
 
-    codec = load_codec(config.codec, device=str(device), mini_batch=plan.entries[0].vae_mini_batch)
+    run.mkdir(parents=True, exist_ok=True)
+    config.save(run / "run.yaml")
+    log = Log(run, tensorboard=config.tensorboard, wandb_project=config.wandb_project)
+    with log, open_data(clips) as data, stop_on_sigterm() as stop, Console(config, plan, model, start) as console:
+        step_once = Step(config, plan, model, optimizer, ema, pipeline.text_encoder.encode([""]))
+        if start == 0:
+            log.write("start", 0, config=asdict(config), num_parameters=model.config.num_parameters())
+            if config.validate_every:
+                console.validated(log_validation(log, 0, validate))
+        done = start
+        while done < config.steps and not stop.requested:
+            record = step_once(done, data.batch(done))
+            done += 1
+            log.write("step", done, **record)
+            console.stepped(done, record)
+            last = done == config.steps
+            if config.validate_every and (last or done % config.validate_every == 0):
+                console.validated(log_validation(log, done, validate))
+            if config.sample_every and done % config.sample_every == 0:
+                stem = run / "samples" / f"step-{done:08d}"
+                strip = pipeline.write_samples(data.captions(4), plan.entries[0].video_shape, stem, config)
+                log.write("sample", done, path=str(strip))
+            if last or stop.requested or (config.save_every and done % config.save_every == 0):
+                folder = checkpoint.save(run, done, tensors, state, config.keep_last)
+                log.write("checkpoint", done, path=str(folder))
+                console.saved(folder)
+        newest = checkpoint.latest(run)
+        summary = {"measured": measured(run), "skipped": data.skipped, "checkpoint": str(newest) if newest else None}
+        log.write("done", done, **summary)
+    if done == config.steps and newest:
+        summary["model"] = str(export_checkpoint(newest, run / "model"))
+    return {"step": done, **summary}
+
+
+def build_model(config: TrainConfig, plan: Plan) -> VchitectTransformer:
+    """From SD3, from a folder, or a preset with random weights; in the Plan's dtype, but for the position grid."""
+    torch.manual_seed(config.seed)
+    device = this_device().fingerprint()
+    if config.init_from_sd3:
+        model = VchitectTransformer.init_from_sd3(config.init_from_sd3)
+    elif config.model in PRESETS:
+        plan.check(model=preset(config.model).fingerprint(), device=device)  # before 2 B parameters are drawn
+        model = VchitectTransformer(preset(config.model))
+    elif Path(config.model).is_dir():
+        model = VchitectTransformer.from_pretrained(config.model)
+    else:
+        raise UserError(f"{config.model!r} is neither a model folder nor a preset; presets are {', '.join(PRESETS)}.")
+    plan.check(model=model.config.fingerprint(), device=device)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, plan.compute_dtype))
+    return model
+
+
+def build_pipeline(
+    config: TrainConfig, plan: Plan, model: VchitectTransformer, ema: EMA, device: torch.device
+) -> Pipeline:
+    """Codec, text encoder and the averaged model; refuses a text encoder that the Plan was not made for."""
     width, pooled_width = model.config.joint_attention_dim, model.config.pooled_projection_dim
-    text_encoder = load_text_encoder(config.text_encoder, width=width, pooled_width=pooled_width, device=str(device))
+    codec = load_codec(config.codec, device=device, mini_batch=plan.entries[0].vae_mini_batch)
+    text_encoder = load_text_encoder(config.text_encoder, width=width, pooled_width=pooled_width, device=device)
     if text_encoder.num_tokens != plan.num_text_tokens:
         raise UserError(
             f"this Plan is for {plan.num_text_tokens} text tokens, the text encoder {config.text_encoder!r} gives "
             f"{text_encoder.num_tokens}; run `vchitect-fast autotune --text-tokens {text_encoder.num_tokens}`."
         )
+
+    def velocity(*inputs: Tensor) -> Tensor:
+        weights = {name: tensor.to(model.proj_out.weight.dtype) for name, tensor in ema.average.items()}
+        return functional_call(model, weights, inputs)
+
+    return Pipeline(velocity, model.config, codec, text_encoder, device)
+
+
+def build_data(config: TrainConfig, plan: Plan, pipeline: Pipeline, clips: list[Clip]) -> VideoData:
+    """The batches of the Plan's shapes from `clips`."""
     batches = {entry.video_shape: entry.microbatch * entry.accumulation for entry in plan.entries}
-
-    def open_data(manifest: str) -> VideoData:
-        return VideoData(
-            read_manifest(manifest), batches, seed=config.seed, fps=config.fps, codec=codec, text_encoder=text_encoder,
-            cache=Path(config.cache) if config.cache else None, device=device,
-        )  # fmt: skip
-
-    run.mkdir(parents=True, exist_ok=True)
-    config.save(run / "run.yaml")
-    log = Log(run, tensorboard=config.tensorboard, wandb_project=config.wandb_project)
-    with open_data(config.manifest) as data, stop_on_sigterm() as stop, Console(config, plan, model, start) as console:
-        empty = text_encoder.encode([""])
-        trainer = Step(config, plan, model, optimizer, ema, empty)
-        pipeline = Pipeline(ema_velocity(model, ema), model.config, codec, text_encoder, device)
-        validate = validation(config, open_data, pipeline)
-        try:
-            if start == 0:
-                log.write("start", 0, config=asdict(config), plan=config.plan, num_parameters=model.config.num_parameters())
-            if start == 0 and config.validate_every:
-                console.validated(log_validation(log, 0, validate))
-            done = start
-            for step in range(start, config.steps):
-                record = trainer(step, data.batch(step))
-                log.write("step", step + 1, **record)
-                console.stepped(step + 1, record)
-                done = step + 1
-                last = done == config.steps or stop.requested
-                if due(done, config.validate_every) or (config.validate_every and done == config.steps):
-                    console.validated(log_validation(log, done, validate))
-                if due(done, config.sample_every):
-                    path = run / "samples" / f"step-{done:08d}"
-                    written = pipeline.write_samples(data.captions(4), plan.entries[0].video_shape, path, config)
-                    log.write("sample", done, path=str(written))
-                if due(done, config.save_every) or last:
-                    state = {"model": model.config.to_dict(), "config": asdict(config), "shape": plan.entries[0].shape}
-                    folder = checkpoint.save(run, done, tensors, state, config.keep_last)
-                    log.write("checkpoint", done, path=str(folder))
-                    console.saved(folder)
-                if stop.requested:
-                    break
-            newest = checkpoint.latest(run)
-            summary = {"measured": measured(run), "skipped": dict(data.skipped), "checkpoint": str(newest) if newest else None}
-            log.write("done", done, **summary)
-        finally:
-            log.close()
-    if done == config.steps:
-        summary["model"] = str(export_checkpoint(Path(summary["checkpoint"]), run / "model"))
-    return {"step": done, **summary}
+    return VideoData(
+        clips, batches, seed=config.seed, fps=config.fps, codec=pipeline.codec, text_encoder=pipeline.text_encoder,
+        cache=Path(config.cache) if config.cache else None, device=pipeline.device,
+    )  # fmt: skip
 
 
 @dataclass
@@ -146,7 +169,7 @@ class Step:
         self.model.set_policy(entry.policy)
         self.model.attention_backend = entry.attention
         clock = Clock(batch.latents.device)
-        losses = []
+        losses: list[Tensor] = []
         for micro in range(entry.accumulation):
             rows = slice(micro * entry.microbatch, (micro + 1) * entry.microbatch)
             latents = batch.latents[rows]
@@ -165,16 +188,18 @@ class Step:
         norm = self.optimizer.step(rate, config.clip_norm)
         self.ema.update(step)
         clock.lap("optimizer_s")
-        loss = float(torch.stack(losses).sum())
-        if not math.isfinite(loss):
+        total = float(torch.stack(losses).sum())
+        if not math.isfinite(total):
             clips = ", ".join(str(clip.path) for clip in batch.clips)
-            raise UserError(f"the loss of step {step + 1} is {loss} (clips: {clips}); lower learning_rate or look at these clips.")
+            raise UserError(
+                f"the loss of step {step + 1} is {total} (clips: {clips}); lower learning_rate or look at these clips."
+            )
         seconds = {"data_s": batch.data_s, "encode_s": batch.encode_s, **clock.seconds}
         step_s = sum(seconds.values())
         work = Workload(self.model.config, batch.shape, entry.microbatch, self.plan.num_text_tokens)
         flops = work.train_flops() * entry.accumulation
         return {
-            "loss": loss, "grad_norm": float(norm), "learning_rate": rate, "shape": str(batch.shape), "step_s": step_s, **seconds,
+            "loss": total, "grad_norm": float(norm), "learning_rate": rate, "shape": str(batch.shape), "step_s": step_s, **seconds,
             "tokens_per_s": work.visual_rows * entry.accumulation / step_s, "model_flops": flops,
             "mfu": flops / step_s / self.plan.peak_flops if self.plan.peak_flops else None,
             "peak_gib": peak_bytes(batch.latents.device.type) / 2**30,
@@ -201,22 +226,6 @@ class Clock:
         return time.perf_counter()
 
 
-def build_model(config: TrainConfig) -> VchitectTransformer:
-    """From SD3, from a folder, or a preset with random weights."""
-    if config.init_from_sd3:
-        return VchitectTransformer.init_from_sd3(config.init_from_sd3)
-    if config.model in PRESETS:
-        return VchitectTransformer(preset(config.model))
-    if not Path(config.model).is_dir():
-        raise preset_or_folder(config.model)
-    return VchitectTransformer.from_pretrained(config.model)
-
-
-def preset_or_folder(name: str) -> UserError:
-    """What to say when `name` is neither."""
-    return UserError(f"{name!r} is neither a model folder nor a preset; presets are {', '.join(PRESETS)}.")
-
-
 def run_tensors(model: VchitectTransformer, optimizer: MasterAdamW, ema: EMA) -> dict[str, Tensor]:
     """All that a checkpoint holds, by flat name, sharing storage with the run."""
     return {
@@ -238,7 +247,9 @@ def resume(config: TrainConfig, tensors: dict[str, Tensor]) -> int:
         raise UserError(f"resume=false, but {run} holds {newest.name}; choose another out= or remove that folder.")
     state = checkpoint.load(newest, tensors)
     if state["config"]["seed"] != config.seed:
-        raise UserError(f"{newest} was trained with seed {state['config']['seed']}, got seed {config.seed}; use the same seed or another out=.")
+        raise UserError(
+            f"{newest} was trained with seed {state['config']['seed']}, got seed {config.seed}; use the same seed or another out=."
+        )
     rewind_log(run, state["step"])
     return int(state["step"])
 
@@ -258,19 +269,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def ema_velocity(model: VchitectTransformer, ema: EMA) -> Callable[..., Tensor]:
-    """The model's forward with the averaged weights in place of its own."""
-
-    def velocity(*inputs: Tensor) -> Tensor:
-        dtype = model.proj_out.weight.dtype
-        weights = {name: tensor.to(dtype) for name, tensor in ema.average.items()}
-        return functional_call(model, weights, inputs)
-
-    return velocity
-
-
 def validation(
-    config: TrainConfig, open_data: Callable[[str], VideoData], pipeline: Pipeline
+    config: TrainConfig, open_data: Callable[[list[Clip]], VideoData], pipeline: Pipeline
 ) -> Callable[[], dict[float, float]]:
     """A function that gives the averaged model's loss at fixed noise levels on fixed clips with fixed noise."""
     held: list[Batch] = []
@@ -278,7 +278,7 @@ def validation(
     @torch.no_grad()
     def losses() -> dict[float, float]:
         if not held:
-            with open_data(config.validation_manifest or config.manifest) as data:
+            with open_data(read_manifest(config.validation_manifest or config.manifest)) as data:
                 held.extend(data.first_batches(NUM_VALIDATION_CLIPS))
         result = {}
         for sigma in VALIDATION_SIGMAS:
@@ -303,11 +303,6 @@ def log_validation(log: Log, step: int, losses: Callable[[], dict[float, float]]
     record = {"step": step, "loss": sum(values.values()) / len(values), "by_sigma": by_sigma}
     log.write("validation", step, loss=record["loss"], by_sigma=by_sigma)
     return record
-
-
-def due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps happens after this one; 0 means never."""
-    return bool(every) and step % every == 0
 
 
 @dataclass

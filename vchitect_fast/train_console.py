@@ -28,7 +28,9 @@ class Console:
             f"predicted {e.predicted.step_s:.2f} s and {e.predicted.peak_gib:.2f} GiB)"
             for e in plan.entries
         )
-        self._rich.print(f"model    {model.config.num_parameters():,} parameters, {plan.compute_dtype} on {plan.device_name}")
+        self._rich.print(
+            f"model    {model.config.num_parameters():,} parameters, {plan.compute_dtype} on {plan.device_name}"
+        )
         self._rich.print(f"shapes   {entries}")
         self._rich.print(f"run      {config.out}: steps {start} to {config.steps}" + (" (resumed)" if start else ""))
         columns = (
@@ -59,9 +61,12 @@ class Console:
         """Print where a checkpoint went."""
         self._rich.print(f"saved    {folder}")
 
+
 def line(step: int, record: dict[str, Any]) -> str:
     """One step as one line, every figure with its unit."""
-    parts = "/".join(f"{1000 * record[name]:.0f}" for name in ("data_s", "encode_s", "forward_s", "backward_s", "optimizer_s"))
+    parts = "/".join(
+        f"{1000 * record[name]:.0f}" for name in ("data_s", "encode_s", "forward_s", "backward_s", "optimizer_s")
+    )
     mfu = "not measured" if record["mfu"] is None else f"{100 * record['mfu']:.1f} %"
     return (
         f"step {step:6d}  loss {record['loss']:.4f}  grad norm {record['grad_norm']:.3f}  lr {record['learning_rate']:.1e}  "
@@ -87,4 +92,6 @@ def print_summary(config: TrainConfig, plan: Plan, summary: dict[str, Any]) -> N
         console.print(f"skipped  {path}: {reason}")
     console.print(f"log      {config.out}/log.jsonl\nsaved    {summary['checkpoint']}")
     if "model" in summary:
-        console.print(f"model    {summary['model']}  (vchitect-fast sample --model {summary['model']} --prompt '...' --out x.mp4)")
+        console.print(
+            f"model    {summary['model']}  (vchitect-fast sample --model {summary['model']} --prompt '...' --out x.mp4)"
+        )

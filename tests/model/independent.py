@@ -8,37 +8,37 @@ from __future__ import annotations
 import numpy as np
 
 
-def forward(config, state, latents, text, pooled, timestep):  # noqa: ANN001, ANN201
+def forward(config, state, latents, text, pooled, timestep):
     """State dict of numpy float64 arrays; returns [B, T, c, h, w]."""
     return np.stack(
         [_one_sample(config, state, latents[b], text[b], pooled[b], float(timestep[b])) for b in range(len(latents))]
     )
 
 
-def _linear(state, name, x):  # noqa: ANN001, ANN202
+def _linear(state, name, x):
     return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
 
 
-def _silu(x):  # noqa: ANN001, ANN202
+def _silu(x):
     return x / (1 + np.exp(-x))
 
 
-def _gelu(x):  # noqa: ANN001, ANN202
+def _gelu(x):
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def _norm(x):  # noqa: ANN001, ANN202
+def _norm(x):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
 
 
-def _softmax_attention(q, k, v):  # noqa: ANN001, ANN202
+def _softmax_attention(q, k, v):
     """[L, C], [M, C], [M, C] -> [L, C]."""
     score = q @ k.T / np.sqrt(q.shape[-1])
     weight = np.exp(score - score.max(-1, keepdims=True))
     return (weight / weight.sum(-1, keepdims=True)) @ v
 
 
-def _rotate(x, frame, scaling):  # noqa: ANN001, ANN202
+def _rotate(x, frame, scaling):
     """One vector [C] at one frame: complex multiplication of the interleaved pairs."""
     channels = x.shape[-1]
     pairs = x[0::2] + 1j * x[1::2]
@@ -49,7 +49,7 @@ def _rotate(x, frame, scaling):  # noqa: ANN001, ANN202
     return out
 
 
-def _position(config):  # noqa: ANN001, ANN202
+def _position(config):
     """The grid [M, M, D], row-major, columns coded in the first half."""
     side, width = config.pos_embed_max_size, config.hidden_dim
     code = np.empty((side, width // 2))
@@ -64,7 +64,7 @@ def _position(config):  # noqa: ANN001, ANN202
     return grid
 
 
-def _one_sample(config, state, latents, text, pooled, t):  # noqa: ANN001, ANN202
+def _one_sample(config, state, latents, text, pooled, t):
     frames, _, height, width = latents.shape
     p, d, heads = config.patch_size, config.hidden_dim, config.num_attention_heads
     rows, columns, side = height // p, width // p, config.pos_embed_max_size
@@ -82,8 +82,12 @@ def _one_sample(config, state, latents, text, pooled, t):  # noqa: ANN001, ANN20
     angle = t * np.exp(-np.log(10000) * np.arange(128) / 128)
     code = np.concatenate([np.cos(angle), np.sin(angle)])
     name = "time_text_embed."
-    temb = _linear(state, name + "timestep_embedder.linear_2", _silu(_linear(state, name + "timestep_embedder.linear_1", code)))
-    temb = temb + _linear(state, name + "text_embedder.linear_2", _silu(_linear(state, name + "text_embedder.linear_1", pooled)))
+    temb = _linear(
+        state, name + "timestep_embedder.linear_2", _silu(_linear(state, name + "timestep_embedder.linear_1", code))
+    )
+    temb = temb + _linear(
+        state, name + "text_embedder.linear_2", _silu(_linear(state, name + "text_embedder.linear_1", pooled))
+    )
     c = np.repeat(_linear(state, "context_embedder", text)[None], frames, axis=0)
 
     for i in range(config.num_layers):
@@ -100,13 +104,15 @@ def _one_sample(config, state, latents, text, pooled, t):  # noqa: ANN001, ANN20
     return out
 
 
-def _block(config, state, prefix, x, c, temb, *, last):  # noqa: ANN001, ANN202
+def _block(config, state, prefix, x, c, temb, *, last):
     m = np.split(_linear(state, prefix + "norm1.linear", _silu(temb)), 6)
     n = np.split(_linear(state, prefix + "norm1_context.linear", _silu(temb)), 2 if last else 6)
     scale_c, shift_c = (n[0], n[1]) if last else (n[1], n[0])
-    ax, ac = _attention(config, state, prefix + "attn.", _norm(x) * (1 + m[1]) + m[0], _norm(c) * (1 + scale_c) + shift_c, last)
+    ax, ac = _attention(
+        config, state, prefix + "attn.", _norm(x) * (1 + m[1]) + m[0], _norm(c) * (1 + scale_c) + shift_c, last
+    )
 
-    def feed(name, y):  # noqa: ANN001, ANN202
+    def feed(name, y):
         return _linear(state, name + ".net.2", _gelu(_linear(state, name + ".net.0.proj", y)))
 
     x = x + m[2] * ax
@@ -118,12 +124,12 @@ def _block(config, state, prefix, x, c, temb, *, last):  # noqa: ANN001, ANN202
     return x, c
 
 
-def _attention(config, state, prefix, x, c, last):  # noqa: ANN001, ANN202
+def _attention(config, state, prefix, x, c, last):
     frames, tokens = x.shape[:2]
     heads, dim = config.num_attention_heads, config.attention_head_dim
     text = {k: _linear(state, f"{prefix}add_{k}_proj", c) for k in "qkv"}
 
-    def joint(kind, suffix=""):  # noqa: ANN001, ANN202
+    def joint(kind, suffix=""):
         return np.concatenate([_linear(state, f"{prefix}to_{kind}{suffix}", x), text[kind]], axis=1)
 
     spatial, temporal, cross = (np.empty((frames, tokens + c.shape[1], heads * dim)) for _ in range(3))
@@ -140,7 +146,9 @@ def _attention(config, state, prefix, x, c, last):  # noqa: ANN001, ANN202
             temporal[:, j, part] = _softmax_attention(turn(qt), turn(kt), vt[:, j, part])
     y = 1.1 * spatial + _linear(state, prefix + "to_out_context", cross)
     weight = 0.0 if frames == 1 else 1.0
-    ax = _linear(state, prefix + "to_out.0", y[:, :tokens]) + weight * _linear(state, prefix + "to_out_temporal", temporal[:, :tokens])
+    ax = _linear(state, prefix + "to_out.0", y[:, :tokens]) + weight * _linear(
+        state, prefix + "to_out_temporal", temporal[:, :tokens]
+    )
     if last:
         return ax, None
     ac = _linear(state, prefix + "to_add_out", y[:, tokens:])

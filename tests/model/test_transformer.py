@@ -17,7 +17,7 @@ from vchitect_fast.model import Branches, VchitectTransformer, preset
 from vchitect_fast.plan import Policy
 
 
-def _load(name: str):  # noqa: ANN202
+def _load(name: str):
     path = Path(__file__).parents[1] / name
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
@@ -32,7 +32,7 @@ NANO = replace(preset("vchitect-nano"), rope_scaling_factor=1.5)
 SHAPES = [(1, 1, 4, 6), (2, 1, 6, 4), (1, 3, 4, 8), (2, 3, 6, 4), (1, 2, 24, 24)]
 
 
-def make(config=NANO, dtype=torch.float64, **kwargs) -> VchitectTransformer:  # noqa: ANN001, ANN003
+def make(config=NANO, dtype=torch.float64, **kwargs) -> VchitectTransformer:
     """Random weights everywhere: zero-initialised outputs would hide most of the model."""
     torch.manual_seed(0)
     model = VchitectTransformer(config, **kwargs)
@@ -41,7 +41,7 @@ def make(config=NANO, dtype=torch.float64, **kwargs) -> VchitectTransformer:  # 
     return model.to(dtype)
 
 
-def inputs(B: int, T: int, h: int, w: int, config=NANO, dtype=torch.float64, N: int = 5):  # noqa: ANN001, ANN201
+def inputs(B: int, T: int, h: int, w: int, config=NANO, dtype=torch.float64, N: int = 5):
     g = torch.Generator().manual_seed(B * 1000 + T * 100 + h * 10 + w)
     shapes = [(B, T, config.in_channels, h, w), (B, N, config.joint_attention_dim), (B, config.pooled_projection_dim)]
     drawn = [torch.randn(shape, generator=g, dtype=torch.float32).to(dtype) for shape in shapes]
@@ -54,7 +54,9 @@ def test_matches_the_independent_implementation(shape: tuple[int, ...]) -> None:
     low = make(dtype=torch.float32)
     z, text, pooled, t = inputs(*shape, dtype=torch.float32)
     state = {name: tensor.double().numpy() for name, tensor in low.state_dict().items()}
-    exact = torch.from_numpy(independent.forward(NANO, state, z.double().numpy(), text.double().numpy(), pooled.double().numpy(), t.numpy()))
+    exact = torch.from_numpy(
+        independent.forward(NANO, state, z.double().numpy(), text.double().numpy(), pooled.double().numpy(), t.numpy())
+    )
     actual = low(z, text, pooled, t)
     assert close.relative_error(actual, exact) < 1e-5
     low.attention_backend = dict.fromkeys(low.attention_backend, "math")
@@ -80,7 +82,9 @@ def test_gradients_of_every_parameter_match_finite_differences(frames: int) -> N
     weight = torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=z.dtype)
     z.requires_grad_()
     (model(z, text, pooled, t) * weight).sum().backward()
-    unused = {f"transformer_blocks.{NANO.num_layers - 1}.attn.to_add_out_temporal.{kind}" for kind in ("weight", "bias")}
+    unused = {
+        f"transformer_blocks.{NANO.num_layers - 1}.attn.to_add_out_temporal.{kind}" for kind in ("weight", "bias")
+    }
     step = 1e-5
     checked = [*model.named_parameters(), ("latents", z)]
     for name, parameter in checked:
@@ -141,7 +145,9 @@ def test_2b_has_the_released_number_of_parameters() -> None:
         model = VchitectTransformer(preset("vchitect-2b"))
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count == 2_424_947_776 == preset("vchitect-2b").num_parameters()
-    assert len(model.state_dict()) == 24 * 42 - 6 + 17  # 21 linears a block; no text output in the last; the rest with its buffer
+    assert (
+        len(model.state_dict()) == 24 * 42 - 6 + 17
+    )  # 21 linears a block; no text output in the last; the rest with its buffer
 
 
 @pytest.mark.parametrize("name", ["vchitect-tiny", "vchitect-nano"])

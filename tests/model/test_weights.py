@@ -84,12 +84,15 @@ def break_config(folder: Path, **change: object) -> None:
         (lambda f: (f / "config.json").write_text("{}"), "config.json lacks attention_head_dim"),
         (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
         (lambda f: (f / "config.json").unlink(), "cannot read"),
-        (lambda f: (f / f"{STEM}-00002-of-00007.safetensors").unlink(), "lacks 1 of 4 shards (diffusion_pytorch_model-00002-of-00007"),
+        (
+            lambda f: (f / f"{STEM}-00002-of-00007.safetensors").unlink(),
+            "lacks 1 of 4 shards (diffusion_pytorch_model-00002-of-00007",
+        ),
         (lambda f: (f / f"{STEM}-00002-of-00007.safetensors").write_bytes(b"\0" * 99), "is damaged"),
         (lambda f: [p.unlink() for p in f.glob("*.safetensors*")], "found neither"),
     ],
 )
-def test_rejects(tmp_path: Path, harm, fragment: str) -> None:  # noqa: ANN001
+def test_rejects(tmp_path: Path, harm, fragment: str) -> None:
     folder = tmp_path / "m"
     random_model().save_pretrained(folder, max_shard_bytes=20_000)
     assert len(list(folder.glob("*.safetensors"))) == 7
@@ -139,7 +142,12 @@ def test_init_from_sd3_is_sd3_on_an_image(tmp_path: Path) -> None:
             block.attn.to_out[0].weight *= 1.1
             if block.attn.to_add_out is not None:
                 block.attn.to_add_out.weight *= 1.1
-        z, text, pooled, t = torch.randn(2, 16, 6, 4), torch.randn(2, 5, 12), torch.randn(2, 20), torch.tensor([3.0, 700.0])
+        z, text, pooled, t = (
+            torch.randn(2, 16, 6, 4),
+            torch.randn(2, 5, 12),
+            torch.randn(2, 20),
+            torch.tensor([3.0, 700.0]),
+        )
         theirs = sd3(z, encoder_hidden_states=text, pooled_projections=pooled, timestep=t, return_dict=False)[0]
         mine = ours(z[:, None], text, pooled, t)[:, 0]
     assert (mine - theirs).norm() / theirs.norm() < 1e-5

@@ -60,12 +60,12 @@ class FeedForward(nn.Module):
     def __init__(self, hidden_dim: int) -> None:
         super().__init__()
         first = nn.Module()
-        first.proj = nn.Linear(hidden_dim, 4 * hidden_dim)
+        first.add_module("proj", nn.Linear(hidden_dim, 4 * hidden_dim))
         self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(4 * hidden_dim, hidden_dim)])
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
+        return self.net[2](F.gelu(self.net[0].get_submodule("proj")(x), approximate="tanh"))
 
 
 class BranchAttention(nn.Module):
@@ -147,7 +147,9 @@ class Block(nn.Module):
         """`backend` names the attention backend of each branch (attention.py)."""
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.norm1(temb_BD)
         text = self.norm1_context(temb_BD)
-        shift_c, scale_c = (text[1], text[0]) if self.last else (text[0], text[1])  # the last norm orders them otherwise
+        shift_c, scale_c = (
+            (text[1], text[0]) if self.last else (text[0], text[1])
+        )  # the last norm orders them otherwise
         attn_x, attn_c = self.attn(modulate(x_BTSD, shift, scale), modulate(c_BTND, shift_c, scale_c), backend)
         x = x_BTSD + gate[:, None, None] * attn_x
         x = x + gate_mlp[:, None, None] * self.ff(modulate(x, shift_mlp, scale_mlp))

@@ -42,6 +42,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch_size, self.grid_size = patch_size, grid_size
         self.proj = nn.Conv2d(in_channels, hidden_dim, kernel_size=patch_size, stride=patch_size)
+        self.pos_embed: Tensor
         self.register_buffer("pos_embed", position_grid(hidden_dim, grid_size, sample_size // patch_size))
 
     def forward(self, latents: Tensor) -> Tensor:

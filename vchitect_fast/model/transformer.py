@@ -25,6 +25,7 @@ from vchitect_fast.model.blocks import AdaLN, Block, Branches, modulate
 from vchitect_fast.model.embed import PatchEmbed, TimeTextEmbed
 from vchitect_fast.plan import KEEP, Policy
 
+ALL_BRANCHES = Branches()
 SDPA = {"spatial": "sdpa", "temporal": "sdpa", "cross": "sdpa"}
 
 
@@ -35,11 +36,13 @@ class VchitectTransformer(nn.Module):
     branches  attention branches that contribute, for ablations; all by default
     """
 
-    def __init__(self, config: TransformerConfig, branches: Branches = Branches()) -> None:
+    def __init__(self, config: TransformerConfig, branches: Branches = ALL_BRANCHES) -> None:
         super().__init__()
         self.config = config
         D, L = config.hidden_dim, config.num_layers
-        self.pos_embed = PatchEmbed(config.patch_size, config.in_channels, D, config.pos_embed_max_size, config.sample_size)
+        self.pos_embed = PatchEmbed(
+            config.patch_size, config.in_channels, D, config.pos_embed_max_size, config.sample_size
+        )
         self.time_text_embed = TimeTextEmbed(config.pooled_projection_dim, D)
         self.context_embedder = nn.Linear(config.joint_attention_dim, D)
         self.transformer_blocks = nn.ModuleList(Block(config, last=i == L - 1, branches=branches) for i in range(L))
@@ -56,7 +59,8 @@ class VchitectTransformer(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.pos_embed.proj.weight.view(self.config.hidden_dim, -1))
-        nn.init.zeros_(self.pos_embed.proj.bias)
+        with torch.no_grad():
+            self.pos_embed.proj.bias.zero_()
         zero = [self.proj_out] + [module.linear for module in self.modules() if isinstance(module, AdaLN)]
         for linear in zero:
             nn.init.zeros_(linear.weight)
@@ -64,7 +68,9 @@ class VchitectTransformer(nn.Module):
     def set_policy(self, policy: Sequence[Policy]) -> None:
         """What each block keeps for backward: everything, or its input alone with the rest recomputed."""
         if len(policy) != self.config.num_layers:
-            raise UserError(f"expected a Policy for each of {self.config.num_layers} blocks, got {len(policy)}; plan this model again.")
+            raise UserError(
+                f"expected a Policy for each of {self.config.num_layers} blocks, got {len(policy)}; plan this model again."
+            )
         for index, item in enumerate(policy):
             if item not in (Policy.keep(), Policy.recompute()):
                 raise UserError(
@@ -111,7 +117,9 @@ class VchitectTransformer(nn.Module):
     def _check(self, latents: Tensor, text: Tensor, pooled: Tensor, timestep: Tensor) -> None:
         config = self.config
         if latents.ndim != 5 or latents.shape[2] != config.in_channels:
-            raise UserError(f"hidden_states must be [B, T, {config.in_channels}, h, w], got {tuple(latents.shape)}; see VideoShape for the sizes.")
+            raise UserError(
+                f"hidden_states must be [B, T, {config.in_channels}, h, w], got {tuple(latents.shape)}; see VideoShape for the sizes."
+            )
         B = latents.shape[0]
         wanted = {
             "encoder_hidden_states": (text, (B, "N", config.joint_attention_dim)),
@@ -122,7 +130,9 @@ class VchitectTransformer(nn.Module):
             fits = tensor.ndim == len(shape) and all(w in ("N", g) for w, g in zip(shape, tensor.shape, strict=True))
             if not fits:
                 asked = ", ".join(map(str, shape))
-                raise UserError(f"{name} must be [{asked}], got {tuple(tensor.shape)}; check the text encoder and the batch.")
+                raise UserError(
+                    f"{name} must be [{asked}], got {tuple(tensor.shape)}; check the text encoder and the batch."
+                )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> VchitectTransformer:

@@ -43,7 +43,9 @@ def init_from_sd3(cls: type[VchitectTransformer], folder: Path, dtype: torch.dty
     folder = _model_folder(folder)
     sd3 = read_json(folder / "config.json")
     if sd3.get("qk_norm") or sd3.get("dual_attention_layers"):
-        raise UserError(f"expected an SD3-medium transformer, {folder} has qk_norm or dual attention (SD3.5); use SD3-medium's weights.")
+        raise UserError(
+            f"expected an SD3-medium transformer, {folder} has qk_norm or dual attention (SD3.5); use SD3-medium's weights."
+        )
     names = [name for name in TransformerConfig.__dataclass_fields__ if name != "rope_scaling_factor"]
     config = TransformerConfig.from_dict({name: sd3[name] for name in names if name in sd3})
     state = read_state(folder)
@@ -51,7 +53,12 @@ def init_from_sd3(cls: type[VchitectTransformer], folder: Path, dtype: torch.dty
     for i in range(config.num_layers):
         attn = f"transformer_blocks.{i}.attn."
         for kind in ("weight", "bias"):
-            for new, old in (("to_q_temp", "to_q"), ("to_k_temp", "to_k"), ("to_v_temp", "to_v"), ("to_q_cross", "to_q")):
+            for new, old in (
+                ("to_q_temp", "to_q"),
+                ("to_k_temp", "to_k"),
+                ("to_v_temp", "to_v"),
+                ("to_q_cross", "to_q"),
+            ):
                 source = f"{attn}{old}.{kind}"
                 if source in state:  # an absent one is reported by name below
                     state[f"{attn}{new}.{kind}"] = state[source].clone()
@@ -104,10 +111,14 @@ def read_state(folder: Path) -> dict[str, Tensor]:
     elif single.exists():
         files = [single.name]
     else:
-        raise UserError(f"expected {single.name} or {INDEX} in {folder}, found neither; point to a diffusers folder with safetensors.")
+        raise UserError(
+            f"expected {single.name} or {INDEX} in {folder}, found neither; point to a diffusers folder with safetensors."
+        )
     absent = [file for file in files if not (folder / file).exists()]
     if absent:
-        raise UserError(f"the checkpoint {folder} lacks {len(absent)} of {len(files)} shards ({', '.join(absent)}); copy it again.")
+        raise UserError(
+            f"the checkpoint {folder} lacks {len(absent)} of {len(files)} shards ({', '.join(absent)}); copy it again."
+        )
     state: dict[str, Tensor] = {}
     for file in files:
         try:
@@ -122,7 +133,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); point to a diffusers folder with config.json and safetensors.") from None
+        raise UserError(
+            f"cannot read {path} ({error.strerror}); point to a diffusers folder with config.json and safetensors."
+        ) from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON ({error}); copy it again.") from None
 
@@ -149,9 +162,15 @@ def check_names(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], ori
         "unexpected": sorted(state.keys() - expected.keys()),
         "misshaped": shapes,
     }
-    found = [f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" for kind, names in faults.items() if names]
+    found = [
+        f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        for kind, names in faults.items()
+        if names
+    ]
     if found:
-        raise UserError(f"the weights in {origin} do not fit their config.json; {'; '.join(found)}; nothing was loaded, check that both belong together.")
+        raise UserError(
+            f"the weights in {origin} do not fit their config.json; {'; '.join(found)}; nothing was loaded, check that both belong together."
+        )
 
 
 def _model_folder(folder: Path) -> Path:
