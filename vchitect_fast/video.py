@@ -119,6 +119,9 @@ def _frames(path: Path, seek_s: float | None) -> Generator[tuple[float, av.Video
         if not container.streams.video:
             raise DecodeError("it has no video stream", whole_file=True)
         stream = container.streams.video[0]
+        # By default FFmpeg paints over damage and hands out the result as a good frame: of ten windows of a real video with
+        # 20 bytes flipped, six came out wrong in silence, with this none. Damage that parses as video stays unseen.
+        stream.codec_context.options = {"err_detect": "explode"}
         assert stream.time_base is not None  # every opened stream has one
         time_base = Fraction(stream.time_base.numerator, stream.time_base.denominator)
         origin = stream.start_time or 0
