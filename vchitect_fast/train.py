@@ -37,7 +37,7 @@ from vchitect_fast.machine import this_device
 from vchitect_fast.manifest import Clip, read_manifest
 from vchitect_fast.metrics import Log, measured, peak_bytes, reset_peak, rewind_log
 from vchitect_fast.model import VchitectTransformer
-from vchitect_fast.model.flow import draw_sigma, drop_captions, flow_loss
+from vchitect_fast.model.flow import draw_sigma, drop_captions, flow_loss, sigma_quantile
 from vchitect_fast.model.text import load_text_encoder
 from vchitect_fast.model.vae import load_codec
 from vchitect_fast.optimizer import MasterAdamW
@@ -46,7 +46,7 @@ from vchitect_fast.sample import Pipeline
 from vchitect_fast.train_console import Console, print_summary
 from vchitect_fast.workload import Workload
 
-VALIDATION_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
+VALIDATION_QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the noise levels that the run trains on
 NUM_VALIDATION_CLIPS = 8
 
 
@@ -281,7 +281,8 @@ def validation(
             with open_data(read_manifest(config.validation_manifest or config.manifest)) as data:
                 held.extend(data.first_batches(NUM_VALIDATION_CLIPS))
         result = {}
-        for sigma in VALIDATION_SIGMAS:
+        for quantile in VALIDATION_QUANTILES:
+            sigma = sigma_quantile(config.timestep_sampling, quantile, config.shift)
             total = [
                 flow_loss(
                     pipeline.velocity, batch.latents, batch.text_embeds, batch.pooled,
@@ -290,7 +291,7 @@ def validation(
                 )
                 for index, batch in enumerate(held)
             ]  # fmt: skip
-            result[sigma] = float(torch.cat(total).mean())
+            result[round(sigma, 4)] = float(torch.cat(total).mean())
         return result
 
     return losses

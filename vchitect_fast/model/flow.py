@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -40,6 +41,17 @@ def draw_sigma(kind: str, batch: int, shift: float, generator: torch.Generator) 
     else:
         raise unknown_name("timestep sampling", kind, ("logit_normal", "uniform"))
     return shift_sigma(sigma, shift)
+
+
+def sigma_quantile(kind: str, quantile: float, shift: float) -> float:
+    """The noise level below which a share `quantile` of `draw_sigma`'s draws lie."""
+    if kind == "logit_normal":
+        sigma = 1 / (1 + math.exp(-NormalDist().inv_cdf(quantile)))
+    elif kind == "uniform":
+        sigma = quantile
+    else:
+        raise unknown_name("timestep sampling", kind, ("logit_normal", "uniform"))
+    return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def noised(latents: Tensor, noise: Tensor, sigma_B: Tensor) -> Tensor:

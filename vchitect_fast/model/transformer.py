@@ -59,8 +59,7 @@ class VchitectTransformer(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.pos_embed.proj.weight.view(self.config.hidden_dim, -1))
-        with torch.no_grad():
-            self.pos_embed.proj.bias.zero_()
+        nn.init.zeros_(self.pos_embed.proj.get_parameter("bias"))
         zero = [self.proj_out] + [module.linear for module in self.modules() if isinstance(module, AdaLN)]
         for linear in zero:
             nn.init.zeros_(linear.weight)
