@@ -39,7 +39,7 @@ def test_clips_round_trip(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize("first", SUFFIXES)
 @pytest.mark.parametrize("second", SUFFIXES)
 def test_rows_with_scores_survive_every_conversion(tmp_path: Path, first: str, second: str) -> None:
-    scores = [
+    scores: list[dict[str, Any]] = [
         {"aesthetic": 4.25, "text": "007", "static": True, "count": 3, "tool": "v1.0.2"},
         {"aesthetic": None, "text": "x", "static": False, "count": -4, "tool": "1e"},
     ]
