@@ -182,12 +182,12 @@ class Plan:
     def load(cls, path: str | Path) -> Plan:
         """Read a Plan; UserError when it is absent, of another schema, or its inputs do not match its hash."""
         try:
-            content = json.loads(Path(path).read_text())
+            content = json.loads(Path(path).read_bytes())
         except OSError as error:
             raise UserError(
                 f"cannot read the Plan {path} ({error.strerror}); make one with `vchitect-fast autotune --out {path}`."
             ) from None
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # neither JSON nor UTF-8
             raise UserError(
                 f"the Plan {path} is not JSON ({error}); make it again with `vchitect-fast autotune --out {path}`."
             ) from None
@@ -212,9 +212,10 @@ class Plan:
 
 
 def _entry(values: dict[str, Any]) -> PlanEntry:
-    values = dict(values)
-    values["policy"] = tuple(Policy(**policy) for policy in values["policy"])
-    values["shard"] = ShardSpec(**values["shard"])
-    values["predicted"] = Prediction(**values["predicted"])
-    values["runners_up"] = tuple(values["runners_up"])
-    return PlanEntry(**values)
+    parsed = {
+        "policy": tuple(Policy(**policy) for policy in values["policy"]),
+        "shard": ShardSpec(**values["shard"]),
+        "predicted": Prediction(**values["predicted"]),
+        "runners_up": tuple(values["runners_up"]),
+    }
+    return PlanEntry(**{**values, **parsed})
