@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -77,16 +78,12 @@ class TrainConfig:
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         """Read a YAML file, then apply `name=value` overrides (values are YAML too)."""
-        import yaml
-
         try:
-            values = yaml.safe_load(Path(path).read_text())
+            values = _read_yaml(str(path), Path(path).read_bytes())
         except OSError as error:
             raise UserError(
                 f"cannot read the run file {path} ({error.strerror}); write one as `vchitect-fast train --help` shows."
             ) from None
-        except yaml.YAMLError as error:
-            raise UserError(f"{path} is not YAML ({' '.join(str(error).split())}); correct it.") from None
         if not isinstance(values, dict):
             raise UserError(
                 f"{path} must hold `name: value` lines, got {type(values).__name__}; see `vchitect-fast train --help`."
@@ -95,7 +92,7 @@ class TrainConfig:
             name, equals, text = override.partition("=")
             if not equals:
                 raise UserError(f"an override is name=value, got {override!r}; for example steps=500.")
-            values[name.strip()] = yaml.safe_load(text)
+            values[name.strip()] = _read_yaml(repr(override), text)
         return cls.from_dict(values)
 
     @classmethod
@@ -113,6 +110,15 @@ class TrainConfig:
         return cls(**{name: _typed(name, str(known[name].type), value) for name, value in values.items()})
 
 
+def _read_yaml(origin: str, content: str | bytes) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(content)
+    except yaml.YAMLError as error:
+        raise UserError(f"{origin} is not YAML ({' '.join(str(error).split())}); correct it.") from None
+
+
 def _typed(name: str, kind: str, value: Any) -> Any:
     """The value as the field's type; YAML reads 1e-4 as text and 8 as an int, which both mean a float here."""
     if value is None and "None" in kind:
@@ -120,9 +126,11 @@ def _typed(name: str, kind: str, value: Any) -> Any:
     base = {"str": str, "int": int, "float": float, "bool": bool}[kind.split(" |")[0]]
     if base is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
-            return float(value)
+            number = float(value)
         except ValueError:
-            pass
+            number = math.nan
+        if math.isfinite(number):
+            return number
     elif isinstance(value, base) and not (base is int and isinstance(value, bool)):
         return value
     raise UserError(f"{name} must be of type {kind}, got {value!r}; correct it in the run's YAML.")
@@ -135,5 +143,8 @@ def describe_fields() -> str:
         found = re.match(r"    (\w+): ([\w| ]+?)(?: = (.+?))?  # (.+)", line)
         if found:
             name, _, default, meaning = found.groups()
-            lines.append(f"  {name:20s} {default or 'required':14s} {meaning}")
+            default = {None: "required", "None": "null", "True": "true", "False": "false"}.get(
+                default, default
+            )  # as YAML
+            lines.append(f"  {name:20s} {default:14s} {meaning}")
     return "\n".join(lines)
