@@ -40,8 +40,11 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-                raise UserError(f"config field {field.name!r} must be a positive number, got {value!r}.")
+            kind, kinds = ("whole number", int) if field.type == "int" else ("number", (int, float))
+            if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
+                raise UserError(
+                    f"config field {field.name!r} must be a positive {kind}, got {value!r}; correct config.json."
+                )
         if self.caption_projection_dim != self.hidden_dim:
             raise UserError(
                 f"caption_projection_dim must equal num_attention_heads x attention_head_dim = {self.hidden_dim}, "
