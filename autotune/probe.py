@@ -223,13 +223,13 @@ def _time_elementwise(clock: _Clock, op: str, name: str, elements: int) -> Timin
             return clock.take(rows, width, dtype=dtype), clock.take(rows, width, dtype=dtype)
         return (clock.take(rows, width, dtype=dtype, requires_grad=True),)
 
-    work = {
+    work: dict[str, Callable[..., Tensor]] = {
         "multiply": torch.mul,
         "gelu": lambda x: F.gelu(x, approximate="tanh"),
         "layer_norm": lambda x: F.layer_norm(x, (width,)),
         "rotate": lambda x: rotate(x.view(1, 1, rows, -1, HEAD_DIM), cos, sin),
-    }[op]
-    return _timing(clock, op, name, rows, width, work, operands, 3 * dtype.itemsize * elements)
+    }
+    return _timing(clock, op, name, rows, width, work[op], operands, 3 * dtype.itemsize * elements)
 
 
 def _time_adamw(clock: _Clock, elements: int) -> Timing:

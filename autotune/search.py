@@ -113,8 +113,16 @@ def _faster_dtype(
     plans, refusals = [], []
     for dtype in DTYPE_BYTES:
         try:
-            options = {"batch": batch, "num_text_tokens": num_text_tokens, "dtype": dtype, "limit_bytes": limit_bytes}
-            plans.append(plan_run(config, shapes, device, **options))
+            plan = plan_run(
+                config,
+                shapes,
+                device,
+                batch=batch,
+                num_text_tokens=num_text_tokens,
+                dtype=dtype,
+                limit_bytes=limit_bytes,
+            )
+            plans.append(plan)
         except UserError as error:
             refusals.append(error)
     if not plans:
@@ -183,5 +191,5 @@ def _nothing_fits(work: Workload, device: Device, dtype: str, limit: int, leanes
     )
     return UserError(
         f"{work.shape} in {dtype} needs {leanest.peak_gib:.2f} GiB at the least ({leanest}), {limit / GIB:.2f} GiB may be used "
-        f"on {device.name}, {leanest.peak_gib - limit / GIB:.2f} GiB are missing; {nearest}."
+        f"on {device.name}, {leanest.peak_gib - limit / GIB:.3f} GiB are missing; {nearest}."
     )

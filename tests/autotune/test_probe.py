@@ -1,0 +1,73 @@
+"""The probe on this machine, with a grid of tiny sizes: complete, positive, readable again, and usable by the planner.
+
+pytest tests/autotune/test_probe.py; no figure is compared with an expectation, machines differ.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vchitect_fast.architecture import preset
+from vchitect_fast.autotune.cost import Rates
+from vchitect_fast.autotune.probe import Grid, probe
+from vchitect_fast.autotune.search import plan_run
+from vchitect_fast.cluster import Cluster
+from vchitect_fast.machine import available_memory_bytes, host_memory_bytes, resident_bytes, this_device
+from vchitect_fast.shapes import VideoShape
+
+SMALL = Grid(
+    rows=(8, 64), widths=(16, 64), attention_rows=(64, 128), attention_width=64, lengths=(8, 16), elements=(1024, 4096),
+    square=64, copy_bytes=2**16, held_out_linear=((32, 32),), held_out_attention=((96, 12),), held_out_elements=(2048,),
+    pool_bytes=2**20, seconds_per_point=0.0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def measured() -> Cluster:
+    return probe(progress=False, grid=SMALL)
+
+
+def test_facts_have_units_and_a_source(measured: Cluster) -> None:
+    device = measured.device
+    assert device.fingerprint() == this_device().fingerprint()
+    assert set(device.matmul_flops) == set(device.attention_flops) == {"float32", "bfloat16"}
+    assert all(
+        rate > 0
+        for rate in (*device.matmul_flops.values(), *device.attention_flops.values(), device.memory_bytes_per_s)
+    )
+    assert 0 < device.op_overhead_s < 1
+    assert 2**24 < device.process_bytes < device.memory_bytes
+    assert device.source.startswith("measured 20") and "torch" in device.source
+    assert device.fit_error > 0
+
+
+def test_every_op_has_a_whole_grid(measured: Cluster) -> None:
+    device = measured.device
+    for dtype in ("float32", "bfloat16"):
+        points = {
+            op: [t for t in device.timings if (t.op, t.dtype) == (op, dtype)]
+            for op in ("linear", "attention", "multiply", "gelu", "layer_norm", "rotate")
+        }
+        assert {op: len(found) for op, found in points.items()} == dict(
+            linear=4, attention=4, multiply=2, gelu=2, layer_norm=2, rotate=2
+        )
+        assert all(t.forward_s > 0 and t.num_repeats >= 3 for found in points.values() for t in found)
+        assert all(t.backward_s > 0 for op, found in points.items() for t in found if op != "multiply")
+    Rates(device)  # refuses an incomplete grid
+
+
+def test_reads_back_and_plans(measured: Cluster, tmp_path: Path) -> None:
+    measured.save(tmp_path / "cluster.json")
+    again = Cluster.load(tmp_path / "cluster.json")
+    assert again == measured
+    plan = plan_run(
+        preset("vchitect-nano"), [VideoShape(2, 32, 32)], again.device, batch=1, num_text_tokens=4, dtype="auto"
+    )
+    assert plan.entries[0].predicted.step_s > 0
+
+
+def test_memory_of_this_process_is_ordered() -> None:
+    assert 0 < resident_bytes() < host_memory_bytes()
+    assert 0 < available_memory_bytes() <= host_memory_bytes()

@@ -1,0 +1,166 @@
+"""The search against an exhaustive one, refusals, and the Plan it makes.
+
+pytest tests/autotune/test_search.py
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from made_up_device import device
+
+from vchitect_fast.architecture import preset
+from vchitect_fast.autotune.cost import step_cost
+from vchitect_fast.autotune.memory import GIB, step_memory
+from vchitect_fast.autotune.search import choices, plan_run
+from vchitect_fast.cluster import Device
+from vchitect_fast.errors import UserError
+from vchitect_fast.plan import Plan, PlanEntry, Policy
+from vchitect_fast.shapes import VideoShape
+from vchitect_fast.workload import Workload
+
+TINY = preset("vchitect-tiny")
+SHAPE = VideoShape(8, 256, 256)
+
+
+def planned(
+    limit_bytes: int | None = None, *, batch: int = 4, on: Device | None = None, dtype: str = "float32"
+) -> PlanEntry:
+    plan = plan_run(
+        TINY, [SHAPE], on or device(), batch=batch, num_text_tokens=16, dtype=dtype, limit_bytes=limit_bytes
+    )
+    return plan.entries[0]
+
+
+def space(batch: int) -> dict[tuple[int, int], tuple[float, int]]:
+    """(microbatch, recomputed) -> (seconds, peak bytes), written out."""
+    found = {}
+    for microbatch in range(1, batch + 1):
+        if batch % microbatch == 0:
+            for recomputed in range(TINY.num_layers + 1):
+                work = Workload(TINY, SHAPE, microbatch, 16)
+                options = {"num_recomputed": recomputed, "accumulation": batch // microbatch}
+                cost, memory = (
+                    step_cost(work, device(), "float32", **options),
+                    step_memory(work, device(), "float32", **options),
+                )
+                found[microbatch, recomputed] = (cost.step_s, memory.peak_bytes)
+    return found
+
+
+def test_the_choice_is_the_fastest_that_fits_at_every_limit() -> None:
+    every = space(4)
+    peaks = sorted(peak for _, peak in every.values())
+    chosen = set()
+    for limit in [*peaks, peaks[-1] + 1]:
+        entry = planned(limit)
+        fitting = {key: value for key, value in every.items() if value[1] <= limit}
+        assert entry.predicted.step_s == min(seconds for seconds, _ in fitting.values())
+        chosen.add((entry.microbatch, entry.num_recomputed))
+    assert len(chosen) > 2  # the limits really make a difference
+
+
+def test_the_space_is_whole() -> None:
+    found = choices(Workload(TINY, SHAPE, 6, 16), device(), "float32")
+    assert {(c.microbatch, c.accumulation) for c in found} == {(1, 6), (2, 3), (3, 2), (6, 1)}
+    assert len(found) == 4 * (TINY.num_layers + 1)
+
+
+def test_more_memory_is_never_slower() -> None:
+    peaks = sorted(peak for _, peak in space(4).values())
+    seconds = [planned(limit).predicted.step_s for limit in peaks]
+    assert seconds == sorted(seconds, reverse=True)
+
+
+def test_keeps_everything_where_everything_fits() -> None:
+    entry = planned()
+    assert entry.policy == (Policy.keep(),) * TINY.num_layers
+    assert all(other["why"].startswith("slower by") for other in entry.runners_up)
+
+
+def test_the_first_blocks_recompute() -> None:
+    peaks = sorted({peak for (microbatch, _), (_, peak) in space(1).items() if microbatch == 1})
+    entry = planned(peaks[-1] - 1, batch=1)
+    kept = entry.policy.index(Policy.keep()) if Policy.keep() in entry.policy else TINY.num_layers
+    assert kept == entry.num_recomputed > 0
+    assert set(entry.policy[kept:]) <= {Policy.keep()}
+
+
+def test_runners_up_that_were_faster_did_not_fit() -> None:
+    limit = sorted(peak for _, peak in space(4).values())[2]
+    entry = planned(limit)
+    assert len(entry.runners_up) == 3
+    for other in entry.runners_up:
+        faster = other["step_s"] < entry.predicted.step_s
+        assert faster == other["why"].startswith("does not fit")
+        if faster:
+            assert other["why"] == f"does not fit: {other['peak_gib']:.2f} of {limit / GIB:.2f} GiB"
+
+
+def test_uses_nine_tenths_of_the_device_by_default() -> None:
+    least = min(peak for _, peak in space(1).values())
+    assert planned(batch=1, on=device(least / 0.89 / GIB))
+    with pytest.raises(UserError):
+        planned(batch=1, on=device(least / 0.91 / GIB))
+
+
+def test_refusal_says_what_is_missing_and_what_fits() -> None:
+    limit = min(peak for _, peak in space(1).values()) - 2**20
+    with pytest.raises(UserError) as caught:
+        planned(limit, batch=1)
+    message = str(caught.value)
+    assert f"{SHAPE} in float32 needs" in message
+    assert "0.001 GiB are missing" in message  # a MiB
+    nearest = VideoShape.parse(re.search(r"nearest that fits is (\S+)\.", message).group(1))[0]
+    fits = replace(SHAPE, num_frames=nearest.num_frames)
+    plan_run(TINY, [fits], device(), batch=1, num_text_tokens=16, dtype="float32", limit_bytes=limit)
+    larger = replace(SHAPE, num_frames=nearest.num_frames + 1)
+    with pytest.raises(UserError):
+        plan_run(TINY, [larger], device(), batch=1, num_text_tokens=16, dtype="float32", limit_bytes=limit)
+
+
+def test_refusal_when_the_model_alone_does_not_fit() -> None:
+    with pytest.raises(UserError, match="not even one frame fits, parameters and optimizer alone take"):
+        planned(2**28)
+
+
+def test_auto_takes_the_faster_dtype() -> None:
+    def plan(on: Device) -> str:
+        return plan_run(TINY, [SHAPE], on, batch=1, num_text_tokens=16, dtype="auto").compute_dtype
+
+    assert plan(device()) == "bfloat16"  # half the bytes, the same FLOP/s
+    slow = tuple(replace(t, forward_s=9 * t.forward_s) if t.dtype == "bfloat16" else t for t in device().timings)
+    assert plan(device(timings=slow)) == "float32"
+
+
+def test_plan_round_trip(tmp_path: Path) -> None:
+    shapes = [SHAPE, VideoShape(1, 64, 64), SHAPE]  # one asked for twice is planned once
+    plan = plan_run(TINY, shapes, device(), batch=2, num_text_tokens=16, dtype="bfloat16")
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert [entry.shape for entry in plan.entries] == ["8x256x256", "1x64x64"]
+    assert plan.peak_flops == device().matmul_flops["bfloat16"]
+    plan.check(model=TINY.fingerprint(), device=device().fingerprint())
+
+
+def test_confidence_carries_the_probe_residual() -> None:
+    assert "off by 10% on average" in planned().predicted.confidence
+    assert "not included" in planned().predicted.confidence
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch": 0}, "at least one shape, sample and text token"),
+        ({"num_text_tokens": 0}, "at least one shape, sample and text token"),
+        ({"shapes": []}, "at least one shape, sample and text token"),
+        ({"shapes": [VideoShape(1, 1024, 512)]}, "1024x512 exceeds the model's position grid of 512 x 512 pixels"),
+    ],
+)
+def test_rejects(options: dict[str, object], message: str) -> None:
+    values = {"shapes": [SHAPE], "batch": 1, "num_text_tokens": 16, "dtype": "float32"} | options
+    with pytest.raises(UserError, match=message):
+        plan_run(TINY, values.pop("shapes"), device(), **values)
