@@ -113,6 +113,10 @@ class Pipeline:
 
 def pipeline_settings(folder: Path) -> dict[str, Any]:
     """What a folder says of its pipeline: pipeline.json, or the subfolders of a diffusers pipeline."""
+    if not folder.is_dir():
+        raise UserError(
+            f"expected a model folder, {folder} does not exist; `vchitect-fast train` and `export` write one."
+        )
     if (folder / PIPELINE_FILE).exists():
         return read_json(folder / PIPELINE_FILE)
     settings: dict[str, Any] = {}
