@@ -30,27 +30,24 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        _sync(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    _sync(path.parent)
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A temporary folder to fill; takes the place of `path` when the block ends well, and is removed when it does not."""
-    partial = path.with_name(f"{path.name}.partial")
+    partial, aside = path.with_name(f"{path.name}.partial"), path.with_name(f"{path.name}.old")
+    _bring_back(path, aside)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        for item in partial.rglob("*"):
-            if item.is_file():
-                with item.open("rb") as file:
-                    os.fsync(file.fileno())
-        aside = path.with_name(f"{path.name}.old")
+        for item in (*partial.rglob("*"), partial):
+            _sync(item)
         shutil.rmtree(aside, ignore_errors=True)
         if path.exists():
             path.rename(aside)
@@ -58,12 +55,19 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    _sync_folder(path.parent)
+        _bring_back(path, aside)
+    _sync(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    """A rename survives a power cut only when the folder that holds the name is synced."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _bring_back(path: Path, aside: Path) -> None:
+    """Undo the first of the two renames when the second did not happen: it failed, or a kill came between them."""
+    if aside.exists() and not path.exists():
+        aside.rename(path)
+
+
+def _sync(path: Path) -> None:
+    """A file's content, or the names in a folder: a rename survives a power cut only when its folder is synced."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
