@@ -48,7 +48,7 @@ class Grid:
     held_out_attention: tuple[tuple[int, int], ...]  # (rows, length)
     held_out_elements: tuple[int, ...]
     pool_bytes: int  # larger than the caches, so that operands come from memory as in training
-    seconds_per_point: float = 0.06  # repeats go on until this much was spent, three at least and fifteen at most
+    seconds_per_point: float = 0.04  # repeats go on until this much was spent, three at least and fifteen at most
 
 
 # The largest CPU points take 0.1 to 0.5 s on two cores; the widths are those of vchitect-tiny and -2b and neighbours.
@@ -72,7 +72,7 @@ def probe(progress: bool = True, grid: Grid | None = None) -> Cluster:
     progress  a bar on standard error
     grid      sizes to time; CPU_GRID or CUDA_GRID by default
 
-    Returns a Cluster of one device. Takes about 15 s on two quiet CPU cores.
+    Returns a Cluster of one device. Took 21 s on two CPU cores of a busy machine (2026-11-22).
     """
     found = this_device()
     grid = grid or (CUDA_GRID if found.kind == "cuda" else CPU_GRID)
