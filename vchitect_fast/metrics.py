@@ -1,6 +1,6 @@
 """What a run writes down: one JSON line an event, always; TensorBoard and Weights & Biases on request.
 
-log.jsonl in the run's folder holds objects with a "kind": step, validation, sample, checkpoint, skipped, resumed, done.
+log.jsonl in the run's folder holds objects with a "kind": start, step, validation, sample, checkpoint, done.
 A step has loss, grad_norm, learning rate, its time split (data / encode / forward / backward / optimizer), visual tokens
 per second, model FLOPs (workload.py) and MFU, peak memory. What was not measured is null, never 0.
 """
@@ -62,25 +62,22 @@ class Log:
 
 
 def read_log(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """Events of a run's log.jsonl, all or of one kind."""
-    events = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    """Events of a run's log.jsonl, all or of one kind; a line cut short by a kill is passed over."""
+    events = []
+    for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # only the last line of a killed run can be torn: each line is written and flushed whole
     return [event for event in events if kind in (None, event["kind"])]
 
 
 def rewind_log(run: Path, step: int) -> None:
     """Drop the events after `step`, and a line cut short by a kill, before a run resumes there."""
     path = run / "log.jsonl"
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # only the last line of a killed run can be torn: each line is written and flushed whole
-        if event["step"] <= step:
-            kept.append(line)
-    write_text(path, "".join(f"{line}\n" for line in kept))
+    if path.exists():
+        kept = [event for event in read_log(run) if event["step"] <= step]
+        write_text(path, "".join(json.dumps(event) + "\n" for event in kept))
 
 
 def measured(run: Path) -> dict[str, dict[str, float]]:
