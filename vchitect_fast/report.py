@@ -26,13 +26,13 @@ body { font: 16px/1.55 system-ui, sans-serif; color: #1c2330; background: #f6f7f
 main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
 h1 { font-size: 1.7rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.6rem 0 .6rem; }
 p.lead { font-size: 1.05rem; color: #47526a; margin-top: 0; max-width: 48rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .8rem; margin: 1.4rem 0; }
+.cards { display: grid; grid-template-columns: repeat(3, 1fr); gap: .8rem; margin: 1.4rem 0; }
 .card { background: #fff; border: 1px solid #e1e5ec; border-radius: 10px; padding: .8rem 1rem; }
 .card b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; } .card span { color: #5b667c; font-size: .88rem; }
 table { border-collapse: collapse; background: #fff; border: 1px solid #e1e5ec; border-radius: 10px; width: 100%; }
 th, td { padding: .42rem .8rem; text-align: right; font-variant-numeric: tabular-nums; border-top: 1px solid #edf0f4; }
 th { color: #5b667c; font-weight: 600; font-size: .88rem; border-top: 0; } th:first-child, td:first-child { text-align: left; }
-td.text, th.text { text-align: left; }
+td { white-space: nowrap; } td.text, th.text { text-align: left; white-space: normal; }
 figure { margin: 1rem 0 1.6rem; } figcaption { font-weight: 600; margin-bottom: .35rem; }
 figure img { width: 100%; image-rendering: auto; background: #fff; border: 1px solid #e1e5ec; border-radius: 10px; }
 .strip { display: grid; grid-template-columns: 8.5rem 1fr; gap: .25rem .8rem; align-items: center; font-size: .88rem; color: #47526a; }
