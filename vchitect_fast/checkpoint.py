@@ -51,7 +51,9 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]
         raise UserError(
             f"could not write {folder} ({_first_line(error)}); {kept}; free some space and start the same command again."
         ) from None
-    for old in sorted(run.glob("checkpoint-????????"))[:-keep_last]:
+    # Newer ones, there when the user has set `latest` back, must not displace this one; the run overwrites them in time.
+    written = sorted(path for path in run.glob("checkpoint-????????") if path.name <= folder.name)
+    for old in written[:-keep_last]:
         shutil.rmtree(old)
     return folder
 
@@ -68,10 +70,11 @@ def latest(run: Path) -> Path | None:
 def read_state(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint whose files are all there; UserError names what is missing or cut short."""
     try:
-        state = json.loads((folder / STATE_FILE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        state = json.loads((folder / STATE_FILE).read_bytes())
+        sizes = dict(state["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is not a whole checkpoint ({_first_line(error)}); {_others(folder)}") from None
-    for name, size in state["files"].items():
+    for name, size in sizes.items():
         path = folder / name
         found = path.stat().st_size if path.exists() else None
         if found != size:
