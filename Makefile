@@ -11,11 +11,12 @@ INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
 # Away from the repository's root: the folder profiling/ must not hide Python 3.15's own package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: quickstart test lint ctest mypy clean help
+.PHONY: quickstart test soak lint ctest mypy clean help
 
 help:
 	@echo "make quickstart   install into .venv, then real videos to a plan, a training run, a sample and a report"
 	@echo "make test         what CI runs: C++ tests, linters, types, all Python tests with coverage"
+	@echo "make soak         the long runs: 30 kills at random moments must leave no trace (about ten minutes)"
 	@echo "make lint         linters and types only"
 	@echo "make clean        remove .venv, build and caches (runs/ stays)"
 
@@ -72,6 +73,9 @@ test: ctest lint
 	@$(BIN)/coverage report --include='vchitect_fast/*' --fail-under=85 --format=total > build/coverage.txt || \
 	  { echo "line coverage of vchitect_fast is $$(cat build/coverage.txt) %, expected at least 85 %." >&2; exit 1; }
 	@echo "== all passed: C++ tests, linters, types, Python tests; line coverage of vchitect_fast $$(cat build/coverage.txt) %"
+
+soak: .venv/dev
+	@$(BIN)/pytest -q -m soak tests
 
 clean:
 	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache *.egg-info vchitect_fast/_C.*.so

@@ -38,12 +38,14 @@ def plan_of(path: Path, **change) -> Path:
         policy=(change.pop("policy", Policy.keep()),) * NANO.num_layers,
         microbatch=change.pop("microbatch", 2),
         accumulation=change.pop("accumulation", 1),
+        num_chunks=change.pop("num_chunks", 1),
         predicted=Prediction(
             1.0, {"forward_s": 0.3, "backward_s": 0.6, "optimizer_s": 0.1}, 1.0, {}, "made up for a test"
         ),
     )
-    values = {"model": NANO.fingerprint(), "device": this_device().fingerprint(), "compute_dtype": "float32", **change}
-    Plan(device_name="this machine", num_text_tokens=16, entries=(entry,), peak_flops=1e10, **values).save(path)
+    values = {"model": NANO.fingerprint(), "device": this_device().fingerprint(), "compute_dtype": "float32"}
+    values |= {"device_name": "this machine", "num_text_tokens": 16, "peak_flops": 1e10, **change}
+    Plan(entries=(entry,), **values).save(path)
     return path
 
 
@@ -196,6 +198,17 @@ def _break_shard(folder: Path) -> None:
     [
         (lambda f: plan_of(f / "plan.json", model="0" * 12), [], "this Plan is for model 000000000000"),
         (lambda f: plan_of(f / "plan.json", device="0" * 12), [], "this Plan is for device 'this machine'"),
+        (
+            lambda f: plan_of(f / "plan.json", mesh={"dp_replicate": 1, "dp_shard": 1, "sp": 2}),
+            [],
+            "trains in one process",
+        ),
+        (lambda f: plan_of(f / "plan.json", num_chunks=4), [], "4x32x16 sets num_chunks"),
+        (
+            lambda f: plan_of(f / "plan.json", num_text_tokens=333),
+            [],
+            "for 333 text tokens, the text encoder 'hash' gives 16",
+        ),
         (lambda f: None, ["modle=x"], "unknown run field 'modle'; did you mean 'model'?"),
         (lambda f: None, ["model=vchitect-nan"], "neither a model folder nor a preset"),
         (lambda f: None, ["steps"], "an override is name=value"),

@@ -41,7 +41,7 @@ from vchitect_fast.model.flow import draw_sigma, drop_captions, flow_loss, sigma
 from vchitect_fast.model.text import load_text_encoder
 from vchitect_fast.model.vae import load_codec
 from vchitect_fast.optimizer import MasterAdamW
-from vchitect_fast.plan import Plan
+from vchitect_fast.plan import Plan, ShardSpec
 from vchitect_fast.sample import Pipeline
 from vchitect_fast.train_console import Console, print_summary
 from vchitect_fast.workload import Workload
@@ -58,6 +58,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     run, plan = Path(config.out), Plan.load(config.plan)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reset_peak(device.type)
+    check_supported(plan)
     clips = read_manifest(config.manifest)
     model = build_model(config, plan).to(device)
     optimizer = MasterAdamW(model, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2))
@@ -102,6 +103,26 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if done == config.steps and newest:
         summary["model"] = str(export_checkpoint(newest, run / "model"))
     return {"step": done, **summary}
+
+
+def check_supported(plan: Plan) -> None:
+    """Refuse what this version would not obey: more than one process, sharding, offload, chunking."""
+    if any(size != 1 for size in plan.mesh.values()):
+        raise UserError(
+            f"this version trains in one process, the Plan wants the mesh {plan.mesh}; plan it with `vchitect-fast autotune`."
+        )
+    for entry in plan.entries:
+        wants = {
+            "shard": entry.shard != ShardSpec(),
+            "offload_bytes": entry.offload_bytes,
+            "num_chunks": entry.num_chunks != 1,
+        }
+        unsupported = ", ".join(name for name, wanted in wants.items() if wanted)
+        if unsupported:
+            raise UserError(
+                f"this version neither shards, offloads nor chunks, the Plan's {entry.shape} sets {unsupported}; "
+                "plan it with `vchitect-fast autotune`."
+            )
 
 
 def build_model(config: TrainConfig, plan: Plan) -> VchitectTransformer:

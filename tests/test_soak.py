@@ -1,0 +1,63 @@
+"""The long runs, `make soak`: a run killed again and again at random moments ends with the same bits.
+
+Run: pytest -m soak tests/test_soak.py (about ten minutes on two cores)
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from vchitect_fast import checkpoint
+from vchitect_fast.architecture import preset
+from vchitect_fast.config import TrainConfig
+from vchitect_fast.machine import this_device
+from vchitect_fast.manifest import Clip, write_manifest
+from vchitect_fast.plan import Plan, PlanEntry, Policy, Prediction
+from vchitect_fast.quickstart import example_folder
+from vchitect_fast.train import train
+
+NUM_KILLS = 30
+STEPS = 3000
+
+
+@pytest.mark.soak
+def test_thirty_kills_leave_no_trace(tmp_path: Path) -> None:
+    config = preset("vchitect-nano")
+    entry = PlanEntry(
+        "4x32x16", (Policy.keep(),) * config.num_layers, 2, 1, Prediction(1.0, {}, 1.0, {}, "made up for a test")
+    )
+    plan = Plan(config.fingerprint(), this_device().fingerprint(), "this machine", "float32", 16, (entry,))
+    plan.save(tmp_path / "plan.json")
+    video = example_folder() / "bikes.mp4"
+    write_manifest(
+        [Clip(video, s, s + 0.6, 15, 640, 272, 25.0, f"at {s}") for s in (0.1, 1.4, 3.2, 5.6)], tmp_path / "clips.jsonl"
+    )
+    run = TrainConfig(
+        manifest=str(tmp_path / "clips.jsonl"), plan=str(tmp_path / "plan.json"), out=str(tmp_path / "run"), model="vchitect-nano",
+        cache=str(tmp_path / "cache"), steps=STEPS, validate_every=0, save_every=7,
+    )  # fmt: skip
+    run.save(tmp_path / "run.yaml")
+    command = [sys.executable, "-P", "-m", "vchitect_fast.cli", "train", str(tmp_path / "run.yaml")]
+    draw = random.Random(0)
+    for _ in range(NUM_KILLS):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        time.sleep(draw.uniform(4, 16))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        newest = checkpoint.latest(tmp_path / "run")
+        if newest:
+            checkpoint.read_state(newest)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    train(replace(run, out=str(tmp_path / "straight"), save_every=0))
+    ends = [checkpoint.load_prefix(checkpoint.latest(tmp_path / name), "") for name in ("run", "straight")]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
