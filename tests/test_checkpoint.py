@@ -206,7 +206,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
     assert lines[1::2] == ["status 0"] * len(runs)
     for run, message in zip(runs, lines[::2], strict=True):
         good = run / "checkpoint-00000001"
-        assert message.startswith(f"could not write {run / 'checkpoint-00000002'} (")
+        assert message.startswith(f"could not write {run / 'checkpoint-00000002'} ([Errno 27] File too large); ")
         assert message.endswith(
             f"the last good checkpoint is {good}; free some space and start the same command again."
         )

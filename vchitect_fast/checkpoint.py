@@ -132,4 +132,9 @@ def _others(folder: Path) -> str:
 
 
 def _first_line(error: BaseException) -> str:
+    """The reason in one line. torch wraps it twice: a rank's exception, raised while the system's was handled."""
+    if isinstance(error, dcp.api.CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    while not isinstance(error, OSError) and error.__context__:
+        error = error.__context__
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
