@@ -5,6 +5,7 @@ Rendering only, with rich; every figure comes out of the Plan or the measurement
 
 from __future__ import annotations
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -16,15 +17,15 @@ PART_NAMES = {"forward_s": "forward", "backward_s": "backward", "recompute_s": "
 
 def render(plan: Plan) -> RenderableType:
     """Tables of the chosen entries and of their runners-up, and the confidence in words."""
-    chosen = Table(
-        title=f"Plan for {plan.device_name}, {plan.compute_dtype}, {plan.num_text_tokens} text tokens",
-        title_justify="left",
-    )
-    for heading in ("shape", "visual tokens", "batch", "recomputed", "step", "of which", "peak", "of which"):
-        chosen.add_column(heading, justify="left" if heading in ("shape", "of which") else "right")
+    title = f"Plan for {plan.device_name}, {plan.compute_dtype}, {plan.num_text_tokens} text tokens"
+    chosen = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    for heading in ("shape", "visual tokens", "batch", "recomputed", "step", "peak"):
+        chosen.add_column(heading, justify="left" if heading == "shape" else "right")
+    lines = []
     for entry in plan.entries:
         chosen.add_row(*_chosen_row(entry))
-    lost = Table(title="why the others lost", title_justify="left")
+        lines += _parts(entry)
+    lost = Table(title="why the others lost", title_justify="left", box=box.SIMPLE, pad_edge=False)
     for heading in ("shape", "choice", "step", "peak", "why"):
         lost.add_column(heading, justify="right" if heading in ("step", "peak") else "left")
     for entry in plan.entries:
@@ -34,12 +35,12 @@ def render(plan: Plan) -> RenderableType:
     rests_on = Text(
         "predictions rest on: " + "; ".join(dict.fromkeys(entry.predicted.confidence for entry in plan.entries))
     )
-    return Group(chosen, lost, rests_on)
+    return Group(chosen, Text("\n".join(lines) + "\n"), lost, rests_on)
 
 
 def compare(plan: Plan, measured: dict[str, dict[str, float]]) -> Table:
     """Predicted against measured, by shape; `measured` as vchitect_fast.metrics.measured gives it."""
-    table = Table(title="predicted against measured", title_justify="left")
+    table = Table(title="predicted against measured", title_justify="left", box=box.SIMPLE, pad_edge=False)
     for heading in ("shape", "", "predicted", "measured", "prediction off by"):
         table.add_column(heading, justify="left" if heading in ("shape", "") else "right")
     for entry in plan.entries:
@@ -62,18 +63,20 @@ def gib(value: float) -> str:
 
 
 def _chosen_row(entry: PlanEntry) -> tuple[str, ...]:
-    predicted = entry.predicted
-    time_parts = ", ".join(
-        f"{PART_NAMES.get(name, name)} {seconds(value)}" for name, value in predicted.step_parts_s.items() if value
-    )
-    byte_parts = ", ".join(f"{name} {gib(value)}" for name, value in predicted.peak_parts_gib.items())
     return (
         entry.shape,
         f"{entry.video_shape.num_visual_tokens():,}",
         f"{entry.microbatch} x {entry.accumulation}",
         f"{entry.num_recomputed} of {len(entry.policy)}",
-        seconds(predicted.step_s),
-        time_parts,
-        gib(predicted.peak_gib),
-        byte_parts,
+        seconds(entry.predicted.step_s),
+        gib(entry.predicted.peak_gib),
     )
+
+
+def _parts(entry: PlanEntry) -> list[str]:
+    predicted = entry.predicted
+    step = " + ".join(
+        f"{PART_NAMES.get(name, name)} {seconds(value)}" for name, value in predicted.step_parts_s.items() if value
+    )
+    peak = " + ".join(f"{name} {gib(value)}" for name, value in predicted.peak_parts_gib.items() if value)
+    return [f"{entry.shape} step = {step}", f"{entry.shape} peak = {peak}"]

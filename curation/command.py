@@ -140,15 +140,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Curate, then print the table of shots."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     found = curate(args.videos, args.out, caption=args.caption, min_seconds=args.min_seconds)
-    table = Table("video", "shot", "start s", "end s", "frames", "size", "fps", "caption")
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for heading in ("video", "shot", "seconds", "frames", "size", "fps", "caption"):
+        table.add_column(heading, no_wrap=True, min_width=None if heading in ("video", "caption") else len(heading))
     for item in found:
         shot, source = item.shot, item.source
         table.add_row(
-            source.path.name, str(item.number), f"{shot.start:.2f}", f"{shot.end:.2f}", str(shot.num_frames),
+            source.path.name, str(item.number), f"{shot.start:.2f}-{shot.end:.2f}", str(shot.num_frames),
             f"{source.width}x{source.height}", f"{source.fps:g}",
             (item.caption or "-") if item.kept else f"dropped: shorter than {args.min_seconds:g} s",
         )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -79,7 +80,12 @@ def print_summary(config: TrainConfig, plan: Plan, summary: dict[str, Any]) -> N
     """At the end: predicted against measured for each shape that ran, what was skipped, where things are."""
     console = RichConsole(highlight=False, soft_wrap=True)
     for shape, measured in summary["measured"].items():
-        table = Table(title=f"{shape}: predicted before, measured in this run (median step)", title_justify="left")
+        table = Table(
+            title=f"{shape}: predicted before, measured in this run (median step)",
+            title_justify="left",
+            box=box.SIMPLE,
+            pad_edge=False,
+        )
         for heading in ("one step", "predicted", "measured", "error"):
             table.add_column(heading, justify="left" if heading == "one step" else "right")
         entry = next(entry for entry in plan.entries if entry.shape == shape)
