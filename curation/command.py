@@ -140,23 +140,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Curate, then print the table of shots."""
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     found = curate(args.videos, args.out, caption=args.caption, min_seconds=args.min_seconds)
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    for heading in ("video", "shot", "seconds", "frames", "size", "fps", "caption"):
-        table.add_column(heading, no_wrap=True, min_width=None if heading in ("video", "caption") else len(heading))
-    for item in found:
-        shot, source = item.shot, item.source
-        table.add_row(
-            source.path.name, str(item.number), f"{shot.start:.2f}-{shot.end:.2f}", str(shot.num_frames),
-            f"{source.width}x{source.height}", f"{source.fps:g}",
+    headings = ("video", "shot", "seconds", "frames", "size", "fps", "caption")
+    rows = [
+        (
+            item.source.path.name, str(item.number), f"{item.shot.start:.2f}-{item.shot.end:.2f}", str(item.shot.num_frames),
+            f"{item.source.width}x{item.source.height}", f"{item.source.fps:g}",
             (item.caption or "-") if item.kept else f"dropped: shorter than {args.min_seconds:g} s",
-        )  # fmt: skip
-    console = Console()
-    console.print(table)
+        )
+        for item in found
+    ]  # fmt: skip
+    # Aligned text, not a table: a narrow terminal cuts the captions only.
+    console = Console(highlight=False, soft_wrap=True)
+    widths = [max(map(len, cells)) for cells in zip(headings, *rows, strict=True)]
+    for row in (headings, *rows):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        console.print(line[: console.width] if console.is_terminal else line, markup=False)
     num_kept = sum(item.kept for item in found)
     console.print(f"{num_kept} clips of {len(found)} shots -> {args.out}", highlight=False)
     if any(item.kept and not item.caption for item in found):
