@@ -5,10 +5,10 @@ Run: pytest tests/model/test_transformer.py
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
+import close
+import independent
 import pytest
 import torch
 
@@ -16,16 +16,6 @@ from vchitect_fast.errors import UserError
 from vchitect_fast.model import Branches, VchitectTransformer, preset
 from vchitect_fast.plan import Policy
 
-
-def _load(name: str):
-    path = Path(__file__).parents[1] / name
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-close, independent = _load("close.py"), _load("model/independent.py")
 NANO = replace(preset("vchitect-nano"), rope_scaling_factor=1.5)
 
 # B, T, h, w: batch of one and two, an image, three frames, wide and tall, the whole grid
