@@ -134,7 +134,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_stopped(run_file: Path, kind: signa
     assert process.returncode == (0 if kind == signal.SIGTERM else -9), output
     state = checkpoint.read_state(checkpoint.latest(folder / "run"))
     stopped_at = state["step"]
-    assert 40 <= stopped_at < 400
+    assert 20 <= stopped_at < 400  # a kill between the folder and `latest` leaves the one before
     if kind == signal.SIGTERM:  # saved where it was, not at the last multiple of save_every
         assert read_log(folder / "run", "step")[-1]["step"] == stopped_at
 
