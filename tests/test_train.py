@@ -169,6 +169,35 @@ def test_bf16_keeps_fp32_masters_and_resumes_exactly(run_file: Path) -> None:
     assert_same(whole, final(run_file.parent / "halves"))
 
 
+def test_bf16_masters_keep_the_bits_of_fp32_weights(run_file: Path) -> None:
+    VchitectTransformer(NANO).save_pretrained(run_file.parent / "mine")
+    plan = plan_of(run_file.parent / "bf16.json", compute_dtype="bfloat16")
+    overrides = [
+        f"plan={plan}",
+        f"model={run_file.parent / 'mine'}",
+        "steps=1",
+        "learning_rate=1e-30",
+        "weight_decay=0",
+    ]
+    train(TrainConfig.load(run_file, overrides))
+    mine = VchitectTransformer.from_pretrained(run_file.parent / "mine")
+    assert torch.equal(final(run_file.parent / "run")["model.context_embedder.weight"], mine.context_embedder.weight)
+
+
+def test_a_step_that_is_not_finite_is_not_taken(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights so large that the loss overflows: the run ends, names the clips, and the last checkpoint stays finite."""
+    train(TrainConfig.load(run_file, ["steps=4"]))
+    model = VchitectTransformer(NANO)
+    with torch.no_grad():
+        model.proj_out.bias.fill_(1e30)
+    model.save_pretrained(run_file.parent / "huge")
+    assert main(["train", str(run_file), f"model={run_file.parent / 'huge'}", f"out={run_file.parent / 'x'}"]) == 2
+    error = capsys.readouterr().err
+    assert "was not taken" in error
+    assert "bikes.mp4" in error
+    assert not list((run_file.parent / "x").glob("checkpoint-*"))
+
+
 def test_starts_from_a_folder_and_from_sd3(run_file: Path) -> None:
     from diffusers import SD3Transformer2DModel
 
@@ -187,6 +216,15 @@ def test_starts_from_a_folder_and_from_sd3(run_file: Path) -> None:
     train(TrainConfig.load(run_file, overrides))
     temporal = "model.transformer_blocks.0.attn.to_out_temporal.weight"
     assert final(run_file.parent / "b")[temporal].abs().max() > 0, "the silent branch must learn from the first step"
+
+
+def _other_heads(folder: Path) -> None:
+    """The same widths and names, other heads: nothing but the sizes in the checkpoint tells them apart."""
+    other = replace(NANO, num_attention_heads=1, attention_head_dim=16)
+    VchitectTransformer(other).save_pretrained(folder / "other")
+    plan_of(folder / "plan.json", model=other.fingerprint())
+    config = TrainConfig.load(folder / "run.yaml", [f"model={folder / 'other'}"])
+    config.save(folder / "run.yaml")
 
 
 def _break_shard(folder: Path) -> None:
@@ -248,6 +286,7 @@ def test_refuses_before_any_work(
     ("harm", "overrides", "fragment"),
     [
         (_break_shard, [], "is missing; "),
+        (_other_heads, [], "holds a model of other sizes"),
         (lambda f: None, ["seed=1"], "was trained with seed 0, got seed 1"),
         (lambda f: None, ["resume=false"], "choose another out="),
     ],

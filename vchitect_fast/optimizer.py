@@ -16,17 +16,21 @@ from torch import Tensor, nn
 class MasterAdamW:
     """One optimizer step from accumulated gradients.
 
+    dtype    what the model is cast to once its masters are taken, so that they keep the bits that the cast drops
     masters  fp32 tensor a parameter name, the truth that is checkpointed
     """
 
-    def __init__(self, model: nn.Module, *, weight_decay: float, betas: tuple[float, float]) -> None:
+    def __init__(
+        self, model: nn.Module, *, weight_decay: float, betas: tuple[float, float], dtype: torch.dtype | None = None
+    ) -> None:
         self._parameters = dict(model.named_parameters())
         self.masters: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
-            if parameter.dtype == torch.float32:
+            if parameter.dtype == torch.float32 == (dtype or parameter.dtype):
                 self.masters[name] = parameter
             else:
                 self.masters[name] = parameter.detach().float()
+                parameter.data = parameter.data.to(dtype or parameter.dtype)
                 parameter.register_post_accumulate_grad_hook(_gradient_to(self.masters[name]))
         matrices = [tensor for tensor in self.masters.values() if tensor.ndim > 1]
         vectors = [tensor for tensor in self.masters.values() if tensor.ndim <= 1]
@@ -40,9 +44,14 @@ class MasterAdamW:
             }
 
     def step(self, learning_rate: float, clip_norm: float) -> Tensor:
-        """Clip to the global norm, update masters, copy them into the model, drop gradients. Returns the norm before clipping."""
+        """Clip to the global norm, update masters, copy them into the model, drop gradients. Returns the norm before clipping.
+
+        A norm that is not finite changes nothing: one such step would ruin every master.
+        """
         masters = list(self.masters.values())
         norm = torch.nn.utils.clip_grad_norm_(masters, clip_norm)
+        if not torch.isfinite(norm):
+            return norm
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
         self._adamw.step()

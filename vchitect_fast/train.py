@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from vchitect_fast import checkpoint
-from vchitect_fast.architecture import PRESETS, preset
+from vchitect_fast.architecture import PRESETS, TransformerConfig, preset
 from vchitect_fast.config import TrainConfig, describe_fields
 from vchitect_fast.data import Batch, VideoData
 from vchitect_fast.ema import EMA
@@ -61,10 +61,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     check_supported(plan)
     clips = read_manifest(config.manifest)
     model = build_model(config, plan).to(device)
-    optimizer = MasterAdamW(model, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2))
+    betas, dtype = (config.beta1, config.beta2), getattr(torch, plan.compute_dtype)
+    optimizer = MasterAdamW(model, weight_decay=config.weight_decay, betas=betas, dtype=dtype)
     ema = EMA(optimizer.masters, config.ema_decay)
     tensors = run_tensors(model, optimizer, ema)
-    start = resume(config, tensors)
+    start = resume(config, model.config, tensors)
     optimizer.copy_masters()
     pipeline = build_pipeline(config, plan, model, ema, device)
     open_data = partial(build_data, config, plan, pipeline)
@@ -126,7 +127,7 @@ def check_supported(plan: Plan) -> None:
 
 
 def build_model(config: TrainConfig, plan: Plan) -> VchitectTransformer:
-    """From SD3, from a folder, or a preset with random weights; in the Plan's dtype, but for the position grid."""
+    """From SD3, from a folder, or a preset with random weights; in fp32."""
     torch.manual_seed(config.seed)
     device = this_device().fingerprint()
     if config.init_from_sd3:
@@ -139,8 +140,6 @@ def build_model(config: TrainConfig, plan: Plan) -> VchitectTransformer:
     else:
         raise UserError(f"{config.model!r} is neither a model folder nor a preset; presets are {', '.join(PRESETS)}.")
     plan.check(model=model.config.fingerprint(), device=device)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(getattr(torch, plan.compute_dtype))
     return model
 
 
@@ -205,22 +204,23 @@ class Step:
             loss.backward()
             clock.lap("backward_s")
             losses.append(loss.detach())
-        rate = learning_rate(config, step)
-        norm = self.optimizer.step(rate, config.clip_norm)
-        self.ema.update(step)
-        clock.lap("optimizer_s")
         total = float(torch.stack(losses).sum())
-        if not math.isfinite(total):
+        rate = learning_rate(config, step)
+        norm = float(self.optimizer.step(rate, config.clip_norm)) if math.isfinite(total) else math.nan
+        if not math.isfinite(norm):
             clips = ", ".join(str(clip.path) for clip in batch.clips)
             raise UserError(
-                f"the loss of step {step + 1} is {total} (clips: {clips}); lower learning_rate or look at these clips."
+                f"step {step + 1} has loss {total} and gradient norm {norm} (clips: {clips}), and was not taken; "
+                "lower learning_rate or look at these clips."
             )
+        self.ema.update(step)
+        clock.lap("optimizer_s")
         seconds = {"data_s": batch.data_s, "encode_s": batch.encode_s, **clock.seconds}
         step_s = sum(seconds.values())
         work = Workload(self.model.config, batch.shape, entry.microbatch, self.plan.num_text_tokens)
         flops = work.train_flops() * entry.accumulation
         return {
-            "loss": total, "grad_norm": float(norm), "learning_rate": rate, "shape": str(batch.shape), "step_s": step_s, **seconds,
+            "loss": total, "grad_norm": norm, "learning_rate": rate, "shape": str(batch.shape), "step_s": step_s, **seconds,
             "tokens_per_s": work.visual_rows * entry.accumulation / step_s, "model_flops": flops,
             "mfu": flops / step_s / self.plan.peak_flops if self.plan.peak_flops else None,
             "peak_gib": peak_bytes(batch.latents.device.type) / 2**30,
@@ -257,7 +257,7 @@ def run_tensors(model: VchitectTransformer, optimizer: MasterAdamW, ema: EMA) ->
     }
 
 
-def resume(config: TrainConfig, tensors: dict[str, Tensor]) -> int:
+def resume(config: TrainConfig, model: TransformerConfig, tensors: dict[str, Tensor]) -> int:
     """Load the newest checkpoint of `config.out`, if any, into `tensors`; returns the steps already done."""
     run = Path(config.out)
     newest = checkpoint.latest(run)
@@ -266,11 +266,14 @@ def resume(config: TrainConfig, tensors: dict[str, Tensor]) -> int:
         return 0
     if not config.resume:
         raise UserError(f"resume=false, but {run} holds {newest.name}; choose another out= or remove that folder.")
-    state = checkpoint.load(newest, tensors)
+    state = checkpoint.read_state(newest)
+    if state["model"] != model.to_dict():
+        raise UserError(f"{newest} holds a model of other sizes than {config.model!r}; use that model or another out=.")
     if state["config"]["seed"] != config.seed:
         raise UserError(
             f"{newest} was trained with seed {state['config']['seed']}, got seed {config.seed}; use the same seed or another out=."
         )
+    checkpoint.load(newest, tensors)
     rewind_log(run, state["step"])
     return int(state["step"])
 

@@ -33,7 +33,7 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
 
 
 def draw_sigma(kind: str, batch: int, shift: float, generator: torch.Generator) -> Tensor:
-    """[B] noise levels in (0, 1), fp32 on the CPU. kind: "logit_normal" (mean 0, deviation 1) or "uniform"."""
+    """[B] noise levels in [0, 1), fp32 on the CPU. kind: "logit_normal" (mean 0, deviation 1) or "uniform"."""
     if kind == "logit_normal":
         sigma = torch.sigmoid(torch.randn(batch, generator=generator))
     elif kind == "uniform":
