@@ -52,7 +52,7 @@ def test_thirty_kills_leave_no_trace(tmp_path: Path) -> None:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         time.sleep(draw.uniform(4, 16))
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL, "it ended before it was killed: give the test more steps"
         newest = checkpoint.latest(tmp_path / "run")
         if newest:
             checkpoint.read_state(newest)

@@ -6,6 +6,7 @@ Run: pytest tests/test_train.py
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -25,7 +26,9 @@ from vchitect_fast.metrics import read_log
 from vchitect_fast.model import VchitectTransformer, preset
 from vchitect_fast.plan import Plan, PlanEntry, Policy, Prediction
 from vchitect_fast.quickstart import example_folder
+from vchitect_fast.resume import only_process_in
 from vchitect_fast.train import train
+from vchitect_fast.validate import Validation
 
 NANO = preset("vchitect-nano")
 SHAPE = "4x32x16"
@@ -241,6 +244,7 @@ def _break_shard(folder: Path) -> None:
             [],
             "trains in one process",
         ),
+        (lambda f: plan_of(f / "plan.json", fsdp_group="global"), [], "with fsdp_group 'global'"),
         (lambda f: plan_of(f / "plan.json", num_chunks=4), [], "4x32x16 sets num_chunks"),
         (
             lambda f: plan_of(f / "plan.json", num_text_tokens=333),
@@ -250,6 +254,8 @@ def _break_shard(folder: Path) -> None:
         (lambda f: None, ["modle=x"], "unknown run field 'modle'; did you mean 'model'?"),
         (lambda f: None, ["model=vchitect-nan"], "neither a model folder nor a preset"),
         (lambda f: None, ["steps"], "an override is name=value"),
+        (lambda f: None, ["validation_manifest=nowhere.jsonl"], "nowhere.jsonl"),
+        (lambda f: (f / "run").write_text("a file"), [], "cannot write into the run's folder"),
         (lambda f: None, ["plan=nowhere.json"], "cannot read the Plan nowhere.json"),
         (lambda f: None, ["codec=nowhere"], "nowhere"),
         (lambda f: None, ["text_encoder=nowhere"], "nowhere"),
@@ -287,7 +293,7 @@ def test_refuses_before_any_work(
     [
         (_break_shard, [], "is missing; "),
         (_other_heads, [], "holds a model of other sizes"),
-        (lambda f: None, ["seed=1"], "was trained with seed 0, got seed 1"),
+        (lambda f: None, ["seed=1"], "was trained with seed 0, got 1"),
         (lambda f: None, ["resume=false"], "choose another out="),
     ],
 )
@@ -333,3 +339,50 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(run_file: Path) -> None:
     assert "checkpoint-00000004" in done.stderr
     assert_same(good, final(run_file.parent / "run"))
     assert [path.name for path in sorted((run_file.parent / "run").glob("checkpoint-*"))] == ["checkpoint-00000004"]
+
+
+def test_says_what_changed_when_it_goes_on(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(TrainConfig.load(run_file, ["steps=4"]))
+    write_manifest(clips()[:2], run_file.parent / "clips.jsonl")
+    assert main(["train", str(run_file), "learning_rate=1e-3"]) == 0
+    printed = capsys.readouterr().out
+    assert "changed  learning_rate: 0.01 -> 0.001" in printed
+    assert "changed  clips: " in printed
+    assert "changed  steps" not in printed, "with a constant schedule the number of steps decides nothing"
+    assert read_log(run_file.parent / "run", "resumed")[-1]["changed"].keys() == {"learning_rate", "clips"}
+    assert main(["train", str(run_file), "learning_rate=1e-3"]) == 0
+    assert "8 steps are done, 8 asked for: nothing to do" in capsys.readouterr().out
+
+
+def test_one_process_a_folder(
+    run_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with only_process_in(run_file.parent / "run"):
+        assert main(["train", str(run_file)]) == 2
+    assert "another process trains into" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", str(run_file)]) == 2
+    assert "the launcher started 2; start one" in capsys.readouterr().err
+
+
+def test_sigterm_before_the_first_step_leaves_a_checkpoint(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        Validation,
+        "__call__",
+        lambda self, step: os.kill(os.getpid(), signal.SIGTERM) or {"step": step, "loss": 1.0, "by_sigma": {}},
+    )
+    assert train(TrainConfig.load(run_file))["step"] == 0
+    monkeypatch.undo()
+    config = TrainConfig.load(run_file)
+    train(config)
+    train(replace(config, out=str(run_file.parent / "straight")))
+    assert_same(final(run_file.parent / "run"), final(run_file.parent / "straight"))
+
+
+def test_validation_does_not_depend_on_the_batch(run_file: Path) -> None:
+    config = TrainConfig.load(run_file, ["steps=1"])
+    train(config)
+    other = plan_of(run_file.parent / "other.json", microbatch=1)
+    train(replace(config, plan=str(other), out=str(run_file.parent / "other")))
+    losses = [read_log(run_file.parent / name, "validation")[0]["loss"] for name in ("run", "other")]
+    assert abs(losses[0] - losses[1]) < 1e-5 * losses[0]

@@ -8,13 +8,12 @@ It never chooses a layout: what to recompute, how to split the batch and in whic
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -27,7 +26,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from vchitect_fast import checkpoint
-from vchitect_fast.architecture import PRESETS, TransformerConfig, preset
+from vchitect_fast.architecture import PRESETS, preset
 from vchitect_fast.config import TrainConfig, describe_fields
 from vchitect_fast.data import Batch, VideoData
 from vchitect_fast.ema import EMA
@@ -37,17 +36,16 @@ from vchitect_fast.machine import this_device
 from vchitect_fast.manifest import Clip, read_manifest
 from vchitect_fast.metrics import Log, measured, peak_bytes, reset_peak, rewind_log
 from vchitect_fast.model import VchitectTransformer
-from vchitect_fast.model.flow import draw_sigma, drop_captions, flow_loss, sigma_quantile
+from vchitect_fast.model.flow import draw_sigma, drop_captions, flow_loss
 from vchitect_fast.model.text import load_text_encoder
 from vchitect_fast.model.vae import load_codec
 from vchitect_fast.optimizer import MasterAdamW
-from vchitect_fast.plan import Plan, ShardSpec
+from vchitect_fast.plan import Plan
+from vchitect_fast.resume import check_supported, only_process_in, resume, run_state, run_tensors
 from vchitect_fast.sample import Pipeline
 from vchitect_fast.train_console import Console, print_summary
+from vchitect_fast.validate import Validation, generator_of
 from vchitect_fast.workload import Workload
-
-VALIDATION_QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the noise levels that the run trains on
-NUM_VALIDATION_CLIPS = 8
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -56,74 +54,74 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises UserError for anything the user can mend, before the first step where it can be known then.
     """
     run, plan = Path(config.out), Plan.load(config.plan)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reset_peak(device.type)
     check_supported(plan)
     clips = read_manifest(config.manifest)
-    model = build_model(config, plan).to(device)
-    betas, dtype = (config.beta1, config.beta2), getattr(torch, plan.compute_dtype)
-    optimizer = MasterAdamW(model, weight_decay=config.weight_decay, betas=betas, dtype=dtype)
-    ema = EMA(optimizer.masters, config.ema_decay)
-    tensors = run_tensors(model, optimizer, ema)
-    start = resume(config, model.config, tensors)
-    optimizer.copy_masters()
-    pipeline = build_pipeline(config, plan, model, ema, device)
-    open_data = partial(build_data, config, plan, pipeline)
-    validate = validation(config, open_data, pipeline)
-    state = {"model": model.config.to_dict(), "config": asdict(config), "shape": plan.entries[0].shape}
+    with only_process_in(run), stop_on_sigterm() as stop:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        reset_peak(device.type)
+        model = build_model(config, plan).to(device)
+        betas, dtype = (config.beta1, config.beta2), getattr(torch, plan.compute_dtype)
+        optimizer = MasterAdamW(model, weight_decay=config.weight_decay, betas=betas, dtype=dtype)
+        ema = EMA(optimizer.masters, config.ema_decay)
+        tensors, state = run_tensors(model, optimizer, ema), run_state(config, plan, model.config, clips)
+        done, changed = resume(config, state, tensors)
+        optimizer.copy_masters()
+        pipeline = build_pipeline(config, plan, model, ema, device)
+        open_data = partial(build_data, config, plan, pipeline)
+        with (
+            open_data(clips) as data,
+            open_log(config, done) as log,
+            Console(config, plan, model.config, done) as console,
+        ):
+            if changed:
+                log.write("resumed", done, changed=changed)
+                console.resumed(changed)
+            validate = Validation(config, plan, pipeline, open_data, log) if config.validate_every else None
+            step_once = Step(config, plan, model, optimizer, ema, pipeline.text_encoder.encode([""]))
+            saved_at = done if done else None
+            if validate and not done:
+                console.validated(validate(0))
+            while done < config.steps and not stop.requested:
+                record = step_once(done, data.batch(done))
+                done += 1
+                log.write("step", done, **record)
+                console.stepped(done, record)
+                if validate and (done == config.steps or done % config.validate_every == 0):
+                    console.validated(validate(done))
+                if config.sample_every and done % config.sample_every == 0:
+                    stem = run / "samples" / f"step-{done:08d}"
+                    strip = pipeline.write_samples(data.captions(4), plan.entries[0].video_shape, stem, config)
+                    log.write("sample", done, path=str(strip))
+                if done == config.steps or (config.save_every and done % config.save_every == 0):
+                    saved_at = console.saved(save(run, done, tensors, state, config, log))
+            if saved_at != done:  # SIGTERM between two saves
+                console.saved(save(run, done, tensors, state, config, log))
+            newest = checkpoint.latest(run)
+            summary = {"step": done, "measured": measured(run), "skipped": data.skipped, "checkpoint": str(newest)}
+            log.write("done", done, **{name: value for name, value in summary.items() if name != "step"})
+        if done >= config.steps and newest:
+            summary["model"] = str(export_checkpoint(newest, run / "model"))
+    return summary
 
-    run.mkdir(parents=True, exist_ok=True)
+
+def open_log(config: TrainConfig, done: int) -> Log:
+    """The run's log, rewound to the checkpoint it goes on from; run.yaml beside it."""
+    run = Path(config.out)
+    rewind_log(run, done if done else -1)
     config.save(run / "run.yaml")
     log = Log(run, tensorboard=config.tensorboard, wandb_project=config.wandb_project)
-    with log, open_data(clips) as data, stop_on_sigterm() as stop, Console(config, plan, model, start) as console:
-        step_once = Step(config, plan, model, optimizer, ema, pipeline.text_encoder.encode([""]))
-        if start == 0:
-            log.write("start", 0, config=asdict(config), num_parameters=model.config.num_parameters())
-            if config.validate_every:
-                console.validated(log_validation(log, 0, validate))
-        done = start
-        while done < config.steps and not stop.requested:
-            record = step_once(done, data.batch(done))
-            done += 1
-            log.write("step", done, **record)
-            console.stepped(done, record)
-            last = done == config.steps
-            if config.validate_every and (last or done % config.validate_every == 0):
-                console.validated(log_validation(log, done, validate))
-            if config.sample_every and done % config.sample_every == 0:
-                stem = run / "samples" / f"step-{done:08d}"
-                strip = pipeline.write_samples(data.captions(4), plan.entries[0].video_shape, stem, config)
-                log.write("sample", done, path=str(strip))
-            if last or stop.requested or (config.save_every and done % config.save_every == 0):
-                folder = checkpoint.save(run, done, tensors, state, config.keep_last)
-                log.write("checkpoint", done, path=str(folder))
-                console.saved(folder)
-        newest = checkpoint.latest(run)
-        summary = {"measured": measured(run), "skipped": data.skipped, "checkpoint": str(newest) if newest else None}
-        log.write("done", done, **summary)
-    if done == config.steps and newest:
-        summary["model"] = str(export_checkpoint(newest, run / "model"))
-    return {"step": done, **summary}
+    if not done:
+        log.write("start", 0, config=asdict(config))
+    return log
 
 
-def check_supported(plan: Plan) -> None:
-    """Refuse what this version would not obey: more than one process, sharding, offload, chunking."""
-    if any(size != 1 for size in plan.mesh.values()):
-        raise UserError(
-            f"this version trains in one process, the Plan wants the mesh {plan.mesh}; plan it with `vchitect-fast autotune`."
-        )
-    for entry in plan.entries:
-        wants = {
-            "shard": entry.shard != ShardSpec(),
-            "offload_bytes": entry.offload_bytes,
-            "num_chunks": entry.num_chunks != 1,
-        }
-        unsupported = ", ".join(name for name, wanted in wants.items() if wanted)
-        if unsupported:
-            raise UserError(
-                f"this version neither shards, offloads nor chunks, the Plan's {entry.shape} sets {unsupported}; "
-                "plan it with `vchitect-fast autotune`."
-            )
+def save(
+    run: Path, done: int, tensors: dict[str, Tensor], state: dict[str, Any], config: TrainConfig, log: Log
+) -> Path:
+    """Write the checkpoint of a step and log it."""
+    folder = checkpoint.save(run, done, tensors, state, config.keep_last)
+    log.write("checkpoint", done, path=str(folder))
+    return folder
 
 
 def build_model(config: TrainConfig, plan: Plan) -> VchitectTransformer:
@@ -153,7 +151,7 @@ def build_pipeline(
     if text_encoder.num_tokens != plan.num_text_tokens:
         raise UserError(
             f"this Plan is for {plan.num_text_tokens} text tokens, the text encoder {config.text_encoder!r} gives "
-            f"{text_encoder.num_tokens}; run `vchitect-fast autotune --text-tokens {text_encoder.num_tokens}`."
+            f"{text_encoder.num_tokens}; plan again with `vchitect-fast autotune --model ... --shapes ... --text-tokens {text_encoder.num_tokens}`."
         )
 
     def velocity(*inputs: Tensor) -> Tensor:
@@ -247,43 +245,6 @@ class Clock:
         return time.perf_counter()
 
 
-def run_tensors(model: VchitectTransformer, optimizer: MasterAdamW, ema: EMA) -> dict[str, Tensor]:
-    """All that a checkpoint holds, by flat name, sharing storage with the run."""
-    return {
-        **{f"model.{name}": tensor for name, tensor in model.named_buffers()},
-        **{f"model.{name}": tensor.detach() for name, tensor in optimizer.masters.items()},
-        **{f"optimizer.{name}": tensor for name, tensor in optimizer.state().items()},
-        **{f"ema.{name}": tensor for name, tensor in ema.average.items()},
-    }
-
-
-def resume(config: TrainConfig, model: TransformerConfig, tensors: dict[str, Tensor]) -> int:
-    """Load the newest checkpoint of `config.out`, if any, into `tensors`; returns the steps already done."""
-    run = Path(config.out)
-    newest = checkpoint.latest(run)
-    if newest is None:
-        rewind_log(run, -1)
-        return 0
-    if not config.resume:
-        raise UserError(f"resume=false, but {run} holds {newest.name}; choose another out= or remove that folder.")
-    state = checkpoint.read_state(newest)
-    if state["model"] != model.to_dict():
-        raise UserError(f"{newest} holds a model of other sizes than {config.model!r}; use that model or another out=.")
-    if state["config"]["seed"] != config.seed:
-        raise UserError(
-            f"{newest} was trained with seed {state['config']['seed']}, got seed {config.seed}; use the same seed or another out=."
-        )
-    checkpoint.load(newest, tensors)
-    rewind_log(run, state["step"])
-    return int(state["step"])
-
-
-def generator_of(seed: int, step: int, microbatch: int) -> torch.Generator:
-    """The CPU generator of all draws of one microbatch."""
-    digest = hashlib.sha256(f"{seed}/{step}/{microbatch}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Linear warm-up, then constant or half a cosine down to 0 at `config.steps`."""
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
@@ -291,43 +252,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         return config.learning_rate * warm
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def validation(
-    config: TrainConfig, open_data: Callable[[list[Clip]], VideoData], pipeline: Pipeline
-) -> Callable[[], dict[float, float]]:
-    """A function that gives the averaged model's loss at fixed noise levels on fixed clips with fixed noise."""
-    held: list[Batch] = []
-
-    @torch.no_grad()
-    def losses() -> dict[float, float]:
-        if not held:
-            with open_data(read_manifest(config.validation_manifest or config.manifest)) as data:
-                held.extend(data.first_batches(NUM_VALIDATION_CLIPS))
-        result = {}
-        for quantile in VALIDATION_QUANTILES:
-            sigma = sigma_quantile(config.timestep_sampling, quantile, config.shift)
-            total = [
-                flow_loss(
-                    pipeline.velocity, batch.latents, batch.text_embeds, batch.pooled,
-                    torch.full((len(batch.latents),), sigma),
-                    torch.randn(batch.latents.shape, generator=generator_of(config.seed, -1, index)).to(batch.latents),
-                )
-                for index, batch in enumerate(held)
-            ]  # fmt: skip
-            result[round(sigma, 4)] = float(torch.cat(total).mean())
-        return result
-
-    return losses
-
-
-def log_validation(log: Log, step: int, losses: Callable[[], dict[float, float]]) -> dict[str, Any]:
-    """Measure, write and return the validation record."""
-    values = losses()
-    by_sigma = {str(sigma): value for sigma, value in values.items()}
-    record = {"step": step, "loss": sum(values.values()) / len(values), "by_sigma": by_sigma}
-    log.write("validation", step, loss=record["loss"], by_sigma=by_sigma)
-    return record
 
 
 @dataclass

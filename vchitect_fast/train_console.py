@@ -13,15 +13,15 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vchitect_fast.architecture import TransformerConfig
 from vchitect_fast.config import TrainConfig
-from vchitect_fast.model import VchitectTransformer
 from vchitect_fast.plan import Plan
 
 
 class Console:
     """Context manager around the loop; called with each record as it comes."""
 
-    def __init__(self, config: TrainConfig, plan: Plan, model: VchitectTransformer, start: int) -> None:
+    def __init__(self, config: TrainConfig, plan: Plan, model: TransformerConfig, start: int) -> None:
         self._config, self._start = config, start
         self._rich = RichConsole(highlight=False, soft_wrap=True)
         entries = ", ".join(
@@ -29,11 +29,17 @@ class Console:
             f"predicted {e.predicted.step_s:.2f} s and {e.predicted.peak_gib:.2f} GiB)"
             for e in plan.entries
         )
-        self._rich.print(
-            f"model    {model.config.num_parameters():,} parameters, {plan.compute_dtype} on {plan.device_name}"
-        )
+        self._rich.print(f"model    {model.num_parameters():,} parameters, {plan.compute_dtype} on {plan.device_name}")
         self._rich.print(f"shapes   {entries}")
-        self._rich.print(f"run      {config.out}: steps {start} to {config.steps}" + (" (resumed)" if start else ""))
+        self._rich.print(
+            f"data     {config.manifest} at {config.fps:g} frames/s; codec {config.codec}, text {config.text_encoder}"
+        )
+        todo = (
+            f"steps {start} to {config.steps}"
+            if start < config.steps
+            else f"{start} steps are done, {config.steps} asked for: nothing to do"
+        )
+        self._rich.print(f"run      {config.out}: {todo}{' (resumed)' if start else ''}")
         columns = (
             TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
         )  # fmt: skip
@@ -58,9 +64,15 @@ class Console:
         levels = "  ".join(f"s={float(s):.2f}: {value:.4f}" for s, value in record["by_sigma"].items())
         self._rich.print(f"step {record['step']:6d}  validation loss {record['loss']:.4f}   {levels}")
 
-    def saved(self, folder: Path) -> None:
-        """Print where a checkpoint went."""
+    def saved(self, folder: Path) -> int:
+        """Print where a checkpoint went; returns its step."""
         self._rich.print(f"saved    {folder}")
+        return int(folder.name.rpartition("-")[2])
+
+    def resumed(self, changed: dict[str, str]) -> None:
+        """Say what differs from the run that wrote the checkpoint."""
+        for name, change in changed.items():
+            self._rich.print(f"changed  {name}: {change}, from here on")
 
 
 def line(step: int, record: dict[str, Any]) -> str:
@@ -98,6 +110,7 @@ def print_summary(config: TrainConfig, plan: Plan, summary: dict[str, Any]) -> N
         console.print(f"skipped  {path}: {reason}")
     console.print(f"log      {config.out}/log.jsonl\nsaved    {summary['checkpoint']}")
     if "model" in summary:
+        guidance = "" if config.caption_dropout else " --guidance 1"  # the empty caption was never trained
         console.print(
-            f"model    {summary['model']}  (vchitect-fast sample --model {summary['model']} --prompt '...' --out x.mp4)"
+            f"model    {summary['model']}  (vchitect-fast sample --model {summary['model']} --prompt '...'{guidance} --out x.mp4)"
         )

@@ -1,0 +1,127 @@
+"""How a run starts and goes on: one process a folder, from its newest checkpoint, with what it was made of.
+
+A checkpoint names what decides the following steps (data, sampling, schedule, batch). What would make it another model is
+refused; any other difference is allowed and said, since nobody else would notice it. This file decides nothing about a step.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vchitect_fast import checkpoint
+from vchitect_fast.architecture import TransformerConfig
+from vchitect_fast.config import TrainConfig
+from vchitect_fast.ema import EMA
+from vchitect_fast.errors import UserError
+from vchitect_fast.manifest import Clip
+from vchitect_fast.model import VchitectTransformer
+from vchitect_fast.optimizer import MasterAdamW
+from vchitect_fast.plan import Plan, ShardSpec
+
+LOCK = ".lock"
+# Fields that change no step: where things are written, how often, and under which name things are found.
+WITHOUT_EFFECT = {
+    "manifest", "plan", "out", "cache", "log_every", "validate_every", "validation_manifest", "sample_every", "save_every",
+    "keep_last", "resume", "tensorboard", "wandb_project", "model", "init_from_sd3",
+}  # fmt: skip
+NEVER_CHANGES = ("seed", "codec", "text_encoder", "compute_dtype")  # another latent space or another stream of draws
+
+
+@contextmanager
+def only_process_in(run: Path) -> Iterator[None]:
+    """Hold the run's folder for the time of the block; UserError when another process trains into it.
+
+    The lock is the kernel's (flock), so a killed process leaves none behind.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"this version trains in one process, the launcher started {os.environ['WORLD_SIZE']}; start one."
+        )
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / LOCK).open("w")
+    except OSError as error:
+        raise UserError(f"cannot write into the run's folder {run} ({error.strerror}); choose another out=.") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process trains into {run}; wait for it, or choose another out=.") from None
+        yield
+
+
+def check_supported(plan: Plan) -> None:
+    """Refuse what this version would not obey: more than one process, sharding, offload, chunking."""
+    if any(size != 1 for size in plan.mesh.values()) or plan.fsdp_group != "none":
+        wanted = f"the mesh {plan.mesh} with fsdp_group {plan.fsdp_group!r}"
+        raise UserError(
+            f"this version trains in one process, the Plan wants {wanted}; plan it with `vchitect-fast autotune`."
+        )
+    for entry in plan.entries:
+        wants = {
+            "shard": entry.shard != ShardSpec(),
+            "offload_bytes": entry.offload_bytes,
+            "num_chunks": entry.num_chunks != 1,
+            "vae_mini_batch (one for all shapes)": entry.vae_mini_batch != plan.entries[0].vae_mini_batch,
+        }
+        unsupported = ", ".join(name for name, wanted in wants.items() if wanted)
+        if unsupported:
+            raise UserError(
+                f"this version neither shards, offloads nor chunks, the Plan's {entry.shape} sets {unsupported}; "
+                "plan it with `vchitect-fast autotune`."
+            )
+
+
+def run_tensors(model: VchitectTransformer, optimizer: MasterAdamW, ema: EMA) -> dict[str, Tensor]:
+    """All that a checkpoint holds, by flat name, sharing storage with the run."""
+    return {
+        **{f"model.{name}": tensor for name, tensor in model.named_buffers()},
+        **{f"model.{name}": tensor.detach() for name, tensor in optimizer.masters.items()},
+        **{f"optimizer.{name}": tensor for name, tensor in optimizer.state().items()},
+        **{f"ema.{name}": tensor for name, tensor in ema.average.items()},
+    }
+
+
+def run_state(config: TrainConfig, plan: Plan, model: TransformerConfig, clips: list[Clip]) -> dict[str, Any]:
+    """What a checkpoint says of the run: enough to export it, and what decides its following steps."""
+    decides: dict[str, Any] = {name: value for name, value in asdict(config).items() if name not in WITHOUT_EFFECT}
+    if config.schedule == "constant":
+        del decides["steps"]
+    decides["clips"] = hashlib.sha256(repr(clips).encode()).hexdigest()[:12]
+    decides["compute_dtype"] = plan.compute_dtype
+    decides["samples_a_step"] = {entry.shape: [entry.microbatch, entry.accumulation] for entry in plan.entries}
+    return {"model": model.to_dict(), "config": asdict(config), "shape": plan.entries[0].shape, "decides": decides}
+
+
+def resume(config: TrainConfig, state: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[int, dict[str, str]]:
+    """Load the newest checkpoint of `config.out`, if any, into `tensors`.
+
+    Returns the steps already done, and what differs from the run that wrote it: "old -> new" by name.
+    """
+    run = Path(config.out)
+    newest = checkpoint.latest(run)
+    if newest is None:
+        return 0, {}
+    if not config.resume:
+        raise UserError(f"resume=false, but {run} holds {newest.name}; choose another out= or remove that folder.")
+    stored = checkpoint.read_state(newest)
+    if stored["model"] != state["model"]:
+        raise UserError(f"{newest} holds a model of other sizes than {config.model!r}; use that model or another out=.")
+    old, new = stored["decides"], state["decides"]
+    changed = {n: f"{old.get(n)} -> {new.get(n)}" for n in sorted(old | new) if old.get(n) != new.get(n)}
+    for name in NEVER_CHANGES:
+        if name in changed:
+            raise UserError(
+                f"{newest} was trained with {name} {old[name]}, got {new[name]}; use the same or another out=."
+            )
+    checkpoint.load(newest, tensors)
+    return int(stored["step"]), changed
