@@ -28,7 +28,10 @@ def test_from_videos_to_a_report_and_again(tmp_path: Path, capfd: pytest.Capture
     assert str(out / "report.html") in printed
 
     clips = read_manifest(out / "clips.jsonl")
-    assert [clip.caption for clip in clips] == [*quickstart.CAPTIONS["bikes.mp4"][:5], *quickstart.CAPTIONS["bigbuckbunny.mp4"]]
+    assert [clip.caption for clip in clips] == [
+        *quickstart.CAPTIONS["bikes.mp4"][:5],
+        *quickstart.CAPTIONS["bigbuckbunny.mp4"],
+    ]
     assert len(list((out / "samples").glob("*.mp4"))) == len(clips)
     page = (out / "report.html").read_text()
     assert not re.search(r'(src|href)="https?:', page), "the page must stand alone"
@@ -42,6 +45,8 @@ def test_from_videos_to_a_report_and_again(tmp_path: Path, capfd: pytest.Capture
     printed = capfd.readouterr().out
     assert f"--cluster {out / 'cluster.json'}" in printed, "the machine is measured once"
     assert [event["step"] for event in read_log(out / "train", "step")] == [1, 2, 3]
+    assert main(["quickstart", "--out", str(out), "--steps", "4"]) == 2
+    assert "holds a quickstart of 3 steps, got 4" in capfd.readouterr().err
 
 
 def test_says_which_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Training data: clips -> buckets -> the batch of step k, as latents and text embeddings.
 
-`VideoData.batch(step)` is a function of (clips, seed, step) alone: asked in order, after a resume, or out of order, with
-or without the cache, it returns the same bits. Windows are encoded one at a time for that reason. One background thread
+`VideoData.batch(step)` is a function of (clips, seed, step) alone, as long as the same files decode: asked in order, after
+a resume, or out of order, with or without the cache, it returns the same bits. Windows are encoded one at a time for that reason. One background thread
 decodes the next steps; encoding stays in the caller's thread, so the two times are told apart. A window that does not
 decode is replaced by the next one of its bucket's permutation; its file is named once; a bucket without any good window
 ends the run. It never invents a frame and never shuffles by itself: the order is `buckets.Schedule`'s.
@@ -159,7 +159,7 @@ class VideoData:
         return self._encode(shape, samples, time.perf_counter() - began)
 
     def first_batches(self, num_samples: int) -> list[Batch]:
-        """The first good windows in the manifest's order, at most `num_samples`, each once: for validation and samples."""
+        """The first good windows in the manifest's order, shape by shape, at most `num_samples`, each once: for validation and samples."""
         batches = []
         for shape, windows in self.assignment.windows.items():
             samples: list[_Sample] = []

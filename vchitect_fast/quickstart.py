@@ -17,6 +17,8 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -70,6 +72,11 @@ vchitect-fast doctor"""
 def quickstart(out: Path, steps: int = STEPS) -> Path:
     """Everything, in order; returns the path of report.html. Each command runs as a process of its own, as a user's would."""
     began = time.perf_counter()
+    run_file = out / "run.yaml"
+    if run_file.exists() and TrainConfig.load(run_file).steps != steps:
+        raise UserError(
+            f"{out} holds a quickstart of {TrainConfig.load(run_file).steps} steps, got {steps}; choose another --out."
+        )
     console = Console(highlight=False, soft_wrap=True)
     stage = (
         f"[bold]{number}/5 {name}[/]"
@@ -87,8 +94,8 @@ def quickstart(out: Path, steps: int = STEPS) -> Path:
     )  # fmt: skip
 
     console.print(f"{next(stage)}  obey the Plan")
-    train_config(out, manifest, steps).save(out / "run.yaml")
-    vchitect_fast("train", str(out / "run.yaml"))
+    train_config(out, manifest, steps).save(run_file)
+    vchitect_fast("train", str(run_file))
 
     console.print(f"{next(stage)}  every caption, from noise")
     plan = Plan.load(out / "plan.json")
@@ -100,9 +107,10 @@ def quickstart(out: Path, steps: int = STEPS) -> Path:
 
     console.print(f"{next(stage)}  one page with all of it")
     minutes = (time.perf_counter() - began) / 60
+    write_text(out / "summary.json", json.dumps(summary(out, results, minutes), indent=1))
     report = write_report(
         out / "report.html", title="vchitect_fast quickstart", run=out / "train", plan=plan, results=results,
-        facts=facts(out, results, minutes), commands=COMMANDS.format(out=out, caption=results[0].caption),
+        facts=facts(summary(out, results, minutes)), commands=COMMANDS.format(out=out, caption=results[0].caption),
     )  # fmt: skip
     console.print(
         f"done in {minutes:.1f} minutes\n  report   {report}\n  samples  {out / 'samples'}\n  model    {out / 'train' / 'model'}"
@@ -189,18 +197,29 @@ def compare(out: Path, plan: Plan, clips: list[Clip]) -> list[ClipResult]:
     return results
 
 
-def facts(out: Path, results: list[ClipResult], minutes: float) -> dict[str, str]:
-    """The cards on top of the report, all from the run's own log."""
+def summary(out: Path, results: list[ClipResult], minutes: float) -> dict[str, Any]:
+    """The figures of a quickstart, from its own log."""
     validations = read_log(out / "train", "validation")
-    first, last = validations[0]["loss"], validations[-1]["loss"]
-    psnr = sorted(result.sample_psnr_db for result in results)
     return {
-        "clips, of real videos": str(len(results)),
+        "num_clips": len(results),
+        "steps": validations[-1]["step"],
+        "minutes": minutes,
+        "first_loss": validations[0]["loss"],
+        "last_loss": validations[-1]["loss"],
+        "psnr_db": {result.caption: result.sample_psnr_db for result in results},
+    }
+
+
+def facts(figures: dict[str, Any]) -> dict[str, str]:
+    """The cards on top of the report, of `summary`."""
+    first, last, psnr = figures["first_loss"], figures["last_loss"], sorted(figures["psnr_db"].values())
+    return {
+        "clips, of real videos": str(figures["num_clips"]),
         "parameters, true architecture": f"{preset(MODEL).num_parameters() / 1e6:.1f} M",
-        "optimizer steps": str(validations[-1]["step"]),
-        "minutes, this start": f"{minutes:.1f}",
+        "optimizer steps": str(figures["steps"]),
+        "minutes, this start": f"{figures['minutes']:.1f}",
         f"validation loss fell: {first:.2f} to {last:.3f}": f"{first / last:.1f} x",
-        "PSNR of the samples, median (worst)": f"{psnr[len(psnr) // 2]:.1f} ({psnr[0]:.1f}) dB",
+        "PSNR of the samples, median (worst)": f"{median(psnr):.1f} ({psnr[0]:.1f}) dB",
     }
 
 
@@ -220,5 +239,5 @@ def run(args: argparse.Namespace) -> int:
     """`vchitect-fast quickstart`."""
     report = quickstart(args.out, args.steps)
     if args.json:
-        print(json.dumps({"report": str(report)}))
+        print(json.dumps({"report": str(report), **json.loads((args.out / "summary.json").read_text())}))
     return 0
