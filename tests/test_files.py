@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from vchitect_fast.errors import UserError
 from vchitect_fast.files import whole_file, whole_folder, write_text
 
 
@@ -59,6 +60,32 @@ def test_a_folder_takes_the_place_of_the_whole_old_one(tmp_path: Path) -> None:
         assert content(path) == OLD
     assert content(tmp_path) == {"model/deep/er/b.txt": "new"}
     assert os.listdir(tmp_path) == ["model"]
+
+
+def test_folders_beside_it_with_names_like_ours_are_left_alone(tmp_path: Path) -> None:
+    for name in ("model.old", "model.partial"):
+        old_folder(tmp_path / name)
+    for _ in range(2):
+        with whole_folder(tmp_path / "model") as partial:
+            (partial / "b.txt").write_text("new")
+    assert content(tmp_path / "model") == {"b.txt": "new"}
+    assert content(tmp_path / "model.old") == content(tmp_path / "model.partial") == OLD
+
+
+def test_a_place_that_cannot_be_written_is_the_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(
+        UserError, match=r"could not write .*a\.txt \(.*File exists.*\); free some space or choose another"
+    ):
+        write_text(tmp_path / "file" / "a.txt", "new")
+
+    def full(self: Path, *_args: object, **_options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        write_text(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_bytes() == b"old"
 
 
 @pytest.mark.parametrize("kind", [whole_file, whole_folder])

@@ -1,6 +1,7 @@
 """Files that are either whole or not there: write under a temporary name, fsync, rename.
 
-Whatever stood at the destination stays until the new content is complete on disk. Standard library only.
+Whatever stood at the destination stays until the new content is complete on disk. A place that cannot be written is
+a UserError of `write_text` and an OSError of the two blocks, whose callers know what was being written.
 """
 
 from __future__ import annotations
@@ -11,11 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vchitect_fast.errors import UserError
+
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text atomically; makes the parent folder."""
-    with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    """Write UTF-8 text atomically; makes the parent folder. UserError when the system refuses."""
+    try:
+        with whole_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"could not write {path} ({error}); free some space or choose another place.") from None
 
 
 @contextmanager
@@ -40,7 +46,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A temporary folder to fill; takes the place of `path` when the block ends well, and is removed when it does not."""
-    partial, aside = path.with_name(f"{path.name}.partial"), path.with_name(f"{path.name}.old")
+    # Hidden names: a folder `model.old` beside `model` is somebody's.
+    partial, aside = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     _bring_back(path, aside)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
