@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -75,6 +76,9 @@ def test_a_part_is_loaded_by_its_prefix(tmp_path: Path) -> None:
     found = checkpoint.load_prefix(save(tmp_path, 7), "ema.")
     assert found.keys() == {"weight"}
     assert same_bits(found["weight"], tensors(7)["ema.weight"])
+    assert checkpoint.load_prefix(tmp_path / "checkpoint-00000007", "model.", only={"half", "absent"}).keys() == {
+        "half"
+    }
 
 
 def test_the_last_few_are_kept(tmp_path: Path) -> None:
@@ -94,6 +98,31 @@ def test_a_run_set_back_by_hand_keeps_what_it_writes(tmp_path: Path) -> None:
     newest = checkpoint.latest(tmp_path)
     assert newest == tmp_path / "checkpoint-00000150"
     assert_loads(newest, 150)
+
+
+def test_an_old_one_that_cannot_be_removed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+
+    def refuse(path: Path, **_options: object) -> None:
+        if path.name == "checkpoint-00000001":
+            raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", refuse)
+    with pytest.raises(
+        UserError, match=r"saved .*-00000002, but could not remove the older .*-00000001 .*denied.*remove it"
+    ):
+        save(tmp_path, 2, keep_last=1)
+    assert_loads(tmp_path / "checkpoint-00000002", 2)
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-00000002"
+
+
+def test_a_run_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(UserError, match="expected the folder of a run .*Not a directory"):
+        checkpoint.latest(tmp_path / "run")
+    with pytest.raises(UserError, match="could not write|expected the folder of a run"):
+        save(tmp_path / "run", 1)
+    assert (tmp_path / "run").read_text() == "mine"
 
 
 def test_the_same_step_may_be_saved_again(tmp_path: Path) -> None:
@@ -142,6 +171,50 @@ def test_a_damaged_only_checkpoint_says_so(tmp_path: Path) -> None:
     cut(save(tmp_path, 1))
     with pytest.raises(UserError, match="there is no other checkpoint"):
         checkpoint.read_state(tmp_path / "checkpoint-00000001")
+
+
+def zeros(path: Path) -> None:
+    path.write_bytes(b"\0" * path.stat().st_size)
+
+
+def halved(path: Path) -> None:
+    """The second half of the file again in place of the first: right size, some sense in it."""
+    half = path.read_bytes()[-(path.stat().st_size // 2) :]
+    path.write_bytes((half + half)[: path.stat().st_size].ljust(path.stat().st_size, b"."))
+
+
+@pytest.mark.parametrize(("name", "damage"), [(".metadata", zeros), (".metadata", halved), ("__0_0.distcp", zeros)])
+def test_other_content_of_the_right_size_is_refused(tmp_path: Path, name: str, damage: Callable[[Path], None]) -> None:
+    save(tmp_path, 1)
+    folder = save(tmp_path, 2)
+    damage(folder / name)
+    said = r"checkpoint-00000002 cannot be read \(.+\); to go on from checkpoint-00000001, write that name into"
+    for call in (lambda: checkpoint.load(folder, tensors(50)), lambda: checkpoint.load_prefix(folder, "ema.")):
+        with pytest.raises(UserError, match=said):
+            call()
+
+
+class Harm:
+    """Unpickled without care, this makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("harm", ["class", "function"])
+def test_a_pickle_that_runs_something_is_refused(tmp_path: Path, harm: str) -> None:
+    folder = save(tmp_path, 1)
+    content = pickle.dumps(Harm(tmp_path / "harmed")) if harm == "class" else b"cos\nsystem\n(S'exit'\ntR."
+    (folder / ".metadata").write_bytes(content)
+    state = json.loads((folder / "state.json").read_text())
+    state["files"][".metadata"] = len(content)
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match="is not part of a checkpoint"):
+        checkpoint.load_prefix(folder, "ema.")
+    assert not (tmp_path / "harmed").exists()
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -6,27 +6,42 @@
 There is no random state to store: every draw of a run is a function of (seed, step), see train.py, so step and seed are
 the data position too. A folder is filled under a temporary name, synced, then renamed; `latest` follows. Loading verifies
 that each file is there with its size before a tensor is touched.
+
+Load checkpoints of your own runs only: torch's .metadata is a pickle. It is read with the few classes that torch writes
+into it and the tensors with weights_only, so that a foreign one is refused rather than run, but a pickle was not made for
+strangers. What comes from outside is read as safetensors (model/weights.py).
 """
 
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from vchitect_fast.errors import UserError
 from vchitect_fast.files import whole_folder, write_text
 
 STATE_FILE = "state.json"
 LATEST = "latest"
+# What torch 2.11 to 2.14 writes into .metadata, beside dtypes; pathlib._local is Python 3.13's name of pathlib.
+_METADATA_CLASSES = {
+    *(("torch.distributed.checkpoint.metadata", name) for name in (
+        "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
+        "BytesStorageMetadata", "_MEM_FORMAT_ENCODING",
+    )),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout"), ("torch", "Size"),
+    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
+}  # fmt: skip
 
 
 def save(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep_last: int) -> Path:
@@ -45,7 +60,7 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]
             content = {"step": step, **state, "files": files}
             (partial / STATE_FILE).write_text(json.dumps(content, indent=1))
         write_text(run / LATEST, folder.name + "\n")
-    except (OSError, dcp.api.CheckpointException) as error:
+    except (OSError, UserError, dcp.api.CheckpointException) as error:
         good = latest(run)
         kept = f"the last good checkpoint is {good}" if good else "there was none before"
         raise UserError(
@@ -54,16 +69,25 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]
     # Newer ones, there when the user has set `latest` back, must not displace this one; the run overwrites them in time.
     written = sorted(path for path in run.glob("checkpoint-????????") if path.name <= folder.name)
     for old in written[:-keep_last]:
-        shutil.rmtree(old)
+        try:
+            shutil.rmtree(old)
+        except OSError as error:
+            raise UserError(
+                f"saved {folder}, but could not remove the older {old} ({error}); remove it and start the same command again."
+            ) from None
     return folder
 
 
 def latest(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None."""
+    """The newest whole checkpoint of a run, or None; UserError where `run` is not a folder that can be read."""
     try:
         name = (run / LATEST).read_text().strip()
     except FileNotFoundError:
         return None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"expected the folder of a run in {run}, cannot read it ({error}); choose another one."
+        ) from None
     return run / name
 
 
@@ -94,27 +118,57 @@ def load(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
             f"checkpoint {folder} is of another model: {len(absent)} tensors missing, {len(misshaped)} misshaped "
             f"(first: {(absent + misshaped)[0]}); resume with the model it was made with."
         )
-    with torch.no_grad():
-        _alone(dcp.load, tensors, storage_reader=dcp.FileSystemReader(folder))
+    with torch.no_grad(), _undamaged(folder):
+        _alone(dcp.load, tensors, storage_reader=_Reader(folder))
     return state
 
 
-def load_prefix(folder: Path, prefix: str) -> dict[str, Tensor]:
-    """All tensors whose name starts with `prefix`, without it, on the CPU."""
+def load_prefix(folder: Path, prefix: str, only: Collection[str] | None = None) -> dict[str, Tensor]:
+    """The tensors whose name is `prefix` and then one of `only` (any by default), without the prefix, on the CPU."""
     read_state(folder)
     stored = _stored(folder)
-    tensors = {
-        name: torch.empty(meta.size, dtype=meta.properties.dtype)
-        for name, meta in stored.items()
-        if name.startswith(prefix)
-    }
-    _alone(dcp.load, tensors, storage_reader=dcp.FileSystemReader(folder))
+    with _undamaged(folder):
+        tensors = {
+            name: torch.empty(meta.size, dtype=meta.properties.dtype)
+            for name, meta in stored.items()
+            if name.startswith(prefix) and (only is None or name.removeprefix(prefix) in only)
+        }
+        _alone(dcp.load, tensors, storage_reader=_Reader(folder))
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 def _stored(folder: Path) -> dict[str, TensorStorageMetadata]:
-    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    return {name: meta for name, meta in stored.items() if isinstance(meta, TensorStorageMetadata)}
+    with _undamaged(folder):
+        stored = _Reader(folder).read_metadata().state_dict_metadata
+        return {name: meta for name, meta in stored.items() if isinstance(meta, TensorStorageMetadata)}
+
+
+@contextmanager
+def _undamaged(folder: Path) -> Iterator[None]:
+    """Files of the right size with other content: whatever unpickling or torch makes of them is one UserError."""
+    try:
+        yield
+    except (Exception, dcp.api.CheckpointException) as error:
+        raise UserError(f"checkpoint {folder} cannot be read ({_first_line(error)}); {_others(folder)}") from None
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads .metadata with the classes of _METADATA_CLASSES and no others."""
+
+    def read_metadata(self, *_args: Any, **_options: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _METADATA_CLASSES:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is not part of a checkpoint")
 
 
 def _alone(call: Callable[..., Any], *args: Any, **options: Any) -> None:
