@@ -143,6 +143,43 @@ def test_the_peak_of_a_gpu_is_what_torch_allocated() -> None:
     assert peak_bytes("cuda") - start == 2**27
 
 
+def test_a_log_that_cannot_be_written_is_the_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"could not write .*log\.jsonl \(.*File exists"):
+        Log(tmp_path / "file")
+    write_log(tmp_path, step(1), step(2))
+
+    def full(*_args: object, **_options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match="No space left"):
+        rewind_log(tmp_path, 1)
+    assert len(read_log(tmp_path)) == 2
+    with pytest.raises(UserError, match="cannot read the log of"):
+        read_log(tmp_path / "absent")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+def test_a_full_disk_is_one_sentence_while_running(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"could not write .*log\.jsonl .*No space left"), Log(tmp_path) as log:
+        log.write("step", 1, loss=0.5)
+
+
+def test_tensorboard_drops_what_a_killed_run_wrote_ahead(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, steps in ((0, (0, 1, 2, 3)), (1, (2, 3))):  # killed after step 3, resumed at the checkpoint of step 1
+        with Log(tmp_path, start=start, tensorboard=True) as log:
+            for number in steps:
+                log.write("step", number, loss=10.0 * start + number)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("step/loss")] == [(0, 0), (1, 1), (2, 12), (3, 13)]
+
+
 def test_tensorboard_events_can_be_read_back(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -169,6 +206,19 @@ def test_weights_and_biases_gets_the_same_numbers(tmp_path: Path, monkeypatch: p
     with Log(tmp_path / "a", wandb_project="videos") as log:
         log.write("step", 3, loss=0.5, shape="8x96x64", mfu=None)
     assert calls == [("videos", str(tmp_path / "a")), ({"step/loss": 0.5}, 3), ()]
+
+
+def test_weights_and_biases_tells_folders_of_one_name_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[tuple[str, str]] = []
+    run = types.SimpleNamespace(finish=lambda: None)
+    wandb = types.SimpleNamespace(init=lambda **options: names.append((options["name"], options["id"])) or run)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path("a", "train"), Path("b", "train"), tmp_path / "a" / "train"):
+        Log(folder, wandb_project="videos").__exit__()
+    assert [name for name, _ in names] == ["train"] * 3
+    first, second, again = (identity for _, identity in names)
+    assert first == again != second
 
 
 @pytest.mark.parametrize(

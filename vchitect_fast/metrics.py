@@ -7,8 +7,11 @@ per second, model FLOPs (workload.py) and MFU, peak memory. What was not measure
 
 from __future__ import annotations
 
+import hashlib
 import json
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -31,22 +34,29 @@ class Writer(Protocol):
 
 
 class Log:
-    """Appends events to log.jsonl and hands the numbers of each to the other writers."""
+    """Appends events to log.jsonl and hands the numbers of each to the other writers; UserError when the disk refuses.
 
-    def __init__(self, run: Path, *, tensorboard: bool = False, wandb_project: str | None = None) -> None:
-        run.mkdir(parents=True, exist_ok=True)
+    start  steps already done: what TensorBoard has of later ones, from before a kill, is dropped; None keeps everything
+    """
+
+    def __init__(
+        self, run: Path, *, start: int | None = None, tensorboard: bool = False, wandb_project: str | None = None
+    ) -> None:
         self.path = run / "log.jsonl"
-        self._file = self.path.open("a", encoding="utf-8")
+        with _writable(self.path):
+            run.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
         self._writers: list[Writer] = []
         if tensorboard:
-            self._writers.append(_TensorBoard(run / "tensorboard"))
+            self._writers.append(_TensorBoard(run / "tensorboard", start))
         if wandb_project:
             self._writers.append(_WandB(wandb_project, run))
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One event; every value must be JSON."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
+        with _writable(self.path):
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._file.flush()
         numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
         for writer in self._writers:
             writer.scalars(numbers, step)
@@ -56,15 +66,33 @@ class Log:
 
     def __exit__(self, *_error: object) -> None:
         """Flush and close all writers."""
-        self._file.close()
         for writer in self._writers:
             writer.close()
+        with _writable(self.path):  # after a full disk this is the same error again: the line is still in the buffer
+            self._file.close()
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"could not write {path} ({error}); free some space or choose another out=, then start the same command again."
+        ) from None
 
 
 def read_log(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """Events of a run's log.jsonl, all or of one kind; a line cut short by a kill is passed over."""
+    """Events of a run's log.jsonl, all or of one kind; a line cut short by a kill is passed over.
+
+    Raises UserError when the file cannot be read.
+    """
     events = []
-    for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines():
+    try:
+        lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the log of {run} ({error}); give the folder of a training run.") from None
+    for line in lines:
         try:
             events.append(json.loads(line))
         except json.JSONDecodeError:
@@ -102,7 +130,10 @@ def measured(run: Path) -> dict[str, dict[str, float]]:
 
 
 def reset_peak(device_kind: str) -> None:
-    """Count the peak from here; where the system does not allow that for a CPU process, it counts from its start."""
+    """Count the peak from here; where the system does not allow that for a CPU process, it counts from its start.
+
+    Called before the model is built, or between two shapes: what is held at that moment counts.
+    """
     if device_kind == "cuda":
         import torch
 
@@ -115,7 +146,10 @@ def reset_peak(device_kind: str) -> None:
 
 
 def peak_bytes(device_kind: str) -> int:
-    """Most memory used since `reset_peak`: on a GPU what torch allocated, on a CPU the resident bytes of the process."""
+    """Most memory used since `reset_peak`, the quantity that autotune/memory.py predicts.
+
+    On a GPU what torch allocated, without the CUDA context; on a CPU the resident bytes of the whole process.
+    """
     if device_kind == "cuda":
         import torch
 
@@ -128,12 +162,13 @@ def peak_bytes(device_kind: str) -> int:
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, start: int | None) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError("tensorboard=true needs TensorBoard; pip install 'vchitect-fast[tensorboard]'.") from None
-        self._writer = SummaryWriter(str(folder))
+        # As rewind_log: events of step `start` stay, those after it are written again. From 0, all are.
+        self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else start)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -149,7 +184,9 @@ class _WandB:
             import wandb
         except ImportError:
             raise UserError("wandb_project needs Weights & Biases; pip install 'vchitect-fast[wandb]'.") from None
-        self._run = wandb.init(project=project, name=run.name, dir=str(run), resume="allow", id=run.name)
+        # The whole path: two runs may have folders of the same name.
+        identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
+        self._run = wandb.init(project=project, name=run.name, dir=str(run), resume="allow", id=identity)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         self._run.log(values, step=step)
