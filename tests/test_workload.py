@@ -66,14 +66,32 @@ def test_saved_bytes_are_exact(batch: int, shape: VideoShape, text_tokens: int, 
         assert work.saved_bytes_per_block(dtype.itemsize, last=last) == counted
 
 
+@pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(("batch", "shape", "text_tokens"), WORKS)
-def test_block_flops_are_exact(batch: int, shape: VideoShape, text_tokens: int) -> None:
+def test_block_flops_are_exact(batch: int, shape: VideoShape, text_tokens: int, last: bool) -> None:
     work = Workload(preset("vchitect-nano"), shape, batch, text_tokens)
-    block = Block(work.config, last=False, branches=Branches())
+    block = Block(work.config, last=last, branches=Branches())
     with FlopCounterMode(display=False) as counter:
         block(*block_inputs(work, torch.float32), MATH)
-    modulation = 2 * batch * 12 * work.config.hidden_dim**2  # a row a sample; not in the formula
-    assert counter.get_total_flops() == work.linear_flops() + work.attention_flops() + modulation
+    modulation = 2 * batch * (8 if last else 12) * work.config.hidden_dim**2  # a row a sample; not in the formula
+    assert counter.get_total_flops() == work.linear_flops(last=last) + work.attention_flops() + modulation
+
+
+def test_model_flops_are_those_of_its_blocks() -> None:
+    work = Workload(preset("vchitect-tiny"), VideoShape(4, 64, 48), 2, 16)
+    config, shape = work.config, work.shape
+    model = VchitectTransformer(config)
+    model.attention_backend = MATH
+    latents = torch.randn(2, 4, config.in_channels, shape.latent_height, shape.latent_width)
+    text, pooled = torch.randn(2, 16, config.joint_attention_dim), torch.randn(2, config.pooled_projection_dim)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(latents, text, pooled, torch.full((2,), 500.0))
+    by_module = counter.get_flop_counts()
+    blocks = [f"VchitectTransformer.transformer_blocks.{index}" for index in range(config.num_layers)]
+    modulation = [f"{block}.{name}" for block in blocks for name in ("norm1", "norm1_context")]
+    counted = [sum(sum(by_module[name].values()) for name in names) for names in (blocks, modulation)]
+    assert work.forward_flops() == counted[0] - counted[1]
+    assert work.train_flops() == 3 * work.forward_flops()
 
 
 def test_backward_is_two_forwards() -> None:

@@ -40,10 +40,13 @@ class Workload:
         """B x T x (S + N)."""
         return self.visual_rows + self.text_rows
 
-    def linear_flops(self) -> int:
-        """Forward FLOPs of one block's linear layers: 2 D^2 [BTS (7+3+8) + BTN (3+3+8)]."""
+    def linear_flops(self, *, last: bool = False) -> int:
+        """Forward FLOPs of one block's linear layers: 2 D^2 [BTS (7+3+8) + BTN (3+3+8)].
+
+        The last block has no text output: of its text only the 3 projections in and to_out_context are computed.
+        """
         d = self.config.hidden_dim
-        return 2 * d * d * (self.visual_rows * 18 + self.text_rows * 14)
+        return 2 * d * d * (self.visual_rows * 18 + self.text_rows * (4 if last else 14))
 
     def attention_flops(self) -> int:
         """Forward FLOPs of one block's three branches: 4 D [BT (S+N)^2 + B (S+N) T^2 + BT (S+N) N]."""
@@ -54,7 +57,8 @@ class Workload:
 
     def forward_flops(self) -> int:
         """Forward FLOPs of all blocks (embeddings and output projection are left out: below 1 % at the 2B size)."""
-        return self.config.num_layers * (self.linear_flops() + self.attention_flops())
+        layers = self.config.num_layers
+        return (layers - 1) * self.linear_flops() + self.linear_flops(last=True) + layers * self.attention_flops()
 
     def train_flops(self) -> int:
         """Model FLOPs of forward and backward: three forwards."""
