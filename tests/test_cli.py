@@ -8,6 +8,7 @@ import sys
 import types
 
 import pytest
+import torch
 
 from vchitect_fast import __version__, cli
 from vchitect_fast.errors import UserError
@@ -50,6 +51,40 @@ def test_control_c_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     plant(monkeypatch, KeyboardInterrupt())
     assert cli.main(["planted"]) == 130
     assert "stopped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of\n79 GiB"
+            ),
+            "the GPU's memory ran out (CUDA out of memory. Tried to allocate 20.00 GiB); plan a smaller --batch",
+        ),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            "main memory ran out; plan",
+        ),
+        (MemoryError(), "main memory ran out; plan a smaller --batch"),
+    ],
+)
+def test_memory_that_ran_out_is_one_line_and_exit_code_2(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plant(monkeypatch, error)
+    assert cli.main(["planted"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"vchitect-fast planted: {said}")
+    assert "vchitect-fast autotune" in line
+    assert line.count("\n") == 1
+
+
+def test_an_error_without_torch_does_not_import_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, KeyError("a bug"))
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it would be an ImportError
+    with pytest.raises(KeyError, match="a bug"):
+        cli.main(["planted"])
 
 
 def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

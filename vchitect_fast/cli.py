@@ -1,7 +1,8 @@
 """vchitect-fast: the table of commands. Only the module of the chosen command is imported.
 
 A command is a module with `add_arguments(parser)` and `run(args) -> int`. Exit codes: 0 done, 1 done but with a doubt that
-the command names, 2 a mistake that the user can mend (one sentence on stderr), 130 stopped with Ctrl-C.
+the command names, 2 a mistake that the user can mend, memory that ran out included (one sentence on stderr), 130 stopped
+with Ctrl-C.
 """
 
 from __future__ import annotations
@@ -75,9 +76,27 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"{prefix}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if not (reason := _out_of_memory(error)):
+            raise
+        print(
+            f"{prefix}: {reason}; plan a smaller --batch or smaller --shapes with `vchitect-fast autotune`, "
+            "or end what else uses this memory.",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print(f"{prefix}: stopped.", file=sys.stderr)
         return 130
+
+
+def _out_of_memory(error: Exception) -> str:
+    """Which memory ran out, or "" for any other error. torch is looked up, not imported: without it nothing is its."""
+    torch = sys.modules.get("torch")
+    if isinstance(error, getattr(torch, "OutOfMemoryError", ())):
+        return f"the GPU's memory ran out ({' '.join(str(error).split()).split('. GPU ')[0]})"
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return "main memory ran out" if on_cpu or isinstance(error, MemoryError) else ""
 
 
 if __name__ == "__main__":
