@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from vchitect_fast.errors import UserError
 from vchitect_fast.model import VchitectTransformer, preset
-from vchitect_fast.model.weights import INDEX, STEM
+from vchitect_fast.model.weights import INDEX, STEM, save_pretrained
 
 NANO = preset("vchitect-nano")
 
@@ -83,6 +83,11 @@ def break_config(folder: Path, **change: object) -> None:
         (lambda f: break_config(f, caption_projection_dim=17), "num_attention_heads x attention_head_dim = 16, got 17"),
         (lambda f: (f / "config.json").write_text("{}"), "config.json lacks attention_head_dim"),
         (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
+        (lambda f: (f / "config.json").write_text("[1]"), "must hold a JSON object, got list"),
+        (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "is not JSON"),
+        (lambda f: (f / INDEX).write_text('{"metadata": {}}'), "lacks the weight_map"),
+        (lambda f: (f / INDEX).write_text('{"weight_map": {"a": 1}}'), "lacks the weight_map"),
+        (lambda f: (f / INDEX).write_text("[]"), "must hold a JSON object, got list"),
         (lambda f: (f / "config.json").unlink(), "cannot read"),
         (
             lambda f: (f / f"{STEM}-00002-of-00007.safetensors").unlink(),
@@ -124,6 +129,34 @@ def test_a_failed_save_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.
     loaded = VchitectTransformer.from_pretrained(tmp_path / "m")
     assert torch.equal(loaded.proj_out.weight, random_model(0).proj_out.weight)
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "run.yaml", ".git/config", "config.json/mine", "model.safetensors"])
+def test_a_folder_that_holds_anything_else_is_never_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / "m" / name).parent.mkdir(parents=True)
+    (tmp_path / "m" / name).write_text("years of work")
+    with pytest.raises(UserError, match=r"is not a model's folder, it holds .*nothing was written, choose a new"):
+        random_model().save_pretrained(tmp_path / "m")
+    assert files(tmp_path) == {f"m/{name}": b"years of work"}
+
+
+def test_where_a_model_may_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new folder, an empty one, one of a sharded model with its pipeline, and the folder one stands in."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="is a file"):
+        random_model().save_pretrained(tmp_path / "file")
+    (tmp_path / "m").mkdir()
+    monkeypatch.chdir(tmp_path / "m")
+    save_pretrained(NANO, random_model(0).state_dict(), Path(), 20_000, {"pipeline.json": "{}"})
+    assert len(list((tmp_path / "m").iterdir())) == 7 + 3
+    random_model(1).save_pretrained(tmp_path / "new" / ".." / "m")
+    assert sorted(files(tmp_path / "m")) == ["config.json", f"{STEM}.safetensors"]
+    loaded = VchitectTransformer.from_pretrained(tmp_path / "m")
+    assert torch.equal(loaded.proj_out.weight, random_model(1).proj_out.weight)
 
 
 def test_init_from_sd3_is_sd3_on_an_image(tmp_path: Path) -> None:

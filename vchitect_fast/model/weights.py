@@ -1,7 +1,8 @@
 """Weights by name: strict loading and saving of config.json + safetensors, and the start from SD3-medium.
 
 Strict means that every missing, unexpected and misshaped name is listed and nothing is loaded. Only safetensors are read:
-a pickle can run code. Writing goes to a temporary folder that is renamed when complete.
+a pickle can run code. Writing goes to a temporary folder that takes the place of the old one when complete; a folder that
+holds anything but a model is never replaced.
 Source of the names: model_spec, "State-dict names".
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 STEM = "diffusion_pytorch_model"
 INDEX = f"{STEM}.safetensors.index.json"
+PIPELINE_FILE = "pipeline.json"  # codec, text encoder, shape and frame rate of the run, written by export
+WRITTEN = ("config.json", PIPELINE_FILE, INDEX, f"{STEM}*.safetensors")
 
 
 def load_pretrained(cls: type[VchitectTransformer], folder: Path, dtype: torch.dtype) -> VchitectTransformer:
@@ -67,11 +71,24 @@ def init_from_sd3(cls: type[VchitectTransformer], folder: Path, dtype: torch.dty
     return _build(cls, config, state, dtype, str(folder))
 
 
-def save_pretrained(config: TransformerConfig, state: Mapping[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
-    """Write the folder: complete under a temporary name, synced, then renamed over the old one."""
+def save_pretrained(
+    config: TransformerConfig,
+    state: Mapping[str, Tensor],
+    folder: Path,
+    max_shard_bytes: int,
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """Write the folder: complete under a temporary name, synced, then renamed over the old one.
+
+    extra  further files, name to text; of the names in WRITTEN, so that the folder can be written again
+
+    Raises UserError where `folder` holds anything that is not of a model, and when the disk refuses.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    folder = folder.resolve()
+    _refuse_foreign(folder)
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in state.items():
@@ -94,10 +111,25 @@ def save_pretrained(config: TransformerConfig, state: Mapping[str, Tensor], fold
                 total = sum(t.numel() * t.element_size() for t in state.values())
                 _write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
             _write_json(partial / "config.json", config.to_dict())
+            for name, text in (extra or {}).items():
+                (partial / name).write_text(text)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"could not write the model to {folder} ({error}); free some space and save again, what stood there is untouched."
         ) from None
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """What takes the place of a folder removes it, so only a model may be there, or nothing."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"expected a folder to write the model to, {folder} is a file; choose another place.")
+    entries = sorted(folder.iterdir()) if folder.exists() else []
+    foreign = [path.name for path in entries if path.is_dir() or not any(fnmatch(path.name, name) for name in WRITTEN)]
+    if foreign:
+        raise UserError(
+            f"{folder} is not a model's folder, it holds {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}; "
+            "nothing was written, choose a new or an empty folder."
+        )
 
 
 def read_state(folder: Path) -> dict[str, Tensor]:
@@ -107,7 +139,10 @@ def read_state(folder: Path) -> dict[str, Tensor]:
 
     single = folder / f"{STEM}.safetensors"
     if (folder / INDEX).exists():
-        files = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise UserError(f"{folder / INDEX} lacks the weight_map that names the file of each tensor; copy it again.")
+        files = sorted(set(weight_map.values()))
     elif single.exists():
         files = [single.name]
     else:
@@ -131,13 +166,16 @@ def read_state(folder: Path) -> dict[str, Tensor]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; UserError when the file is absent or is not one."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except OSError as error:
         raise UserError(
             f"cannot read {path} ({error.strerror}); point to a diffusers folder with config.json and safetensors."
         ) from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # neither JSON nor UTF-8
         raise UserError(f"{path} is not JSON ({error}); copy it again.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object, got {type(content).__name__}; copy it again.")
+    return content
 
 
 def _build(
