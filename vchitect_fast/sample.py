@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +29,17 @@ from vchitect_fast.model import VchitectTransformer
 from vchitect_fast.model.flow import GUIDANCE_KINDS, Velocity, sample_latents
 from vchitect_fast.model.text import TextEncoder, load_text_encoder
 from vchitect_fast.model.vae import Codec, load_codec
-from vchitect_fast.model.weights import read_json
+from vchitect_fast.model.weights import PIPELINE_FILE, read_json
 from vchitect_fast.shapes import VideoShape
 from vchitect_fast.video import write_video
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PIPELINE_FILE = "pipeline.json"
+SETTINGS: dict[str, tuple[type, ...]] = {  # of pipeline.json
+    "codec": (str,), "text_encoder": (str,), "shape": (str,), "fps": (int, float), "shift": (int, float),
+}  # fmt: skip
+FPS_RANGE = (0.1, 1000.0)
 
 
 @dataclass
@@ -60,6 +65,7 @@ class Pipeline:
         progress: bool = False,
     ) -> Tensor:
         """uint8 [B, T, H, W, 3] on the CPU, one video a prompt; each depends on its own seed only, not on its neighbours."""
+        from rich import get_console
         from rich.progress import track
 
         size = (shape.num_frames, self.config.in_channels, shape.latent_height, shape.latent_width)
@@ -68,7 +74,8 @@ class Pipeline:
             self.velocity, noise.to(self.device), self._embed(prompts), self._embed([""]),
             num_steps=num_steps, shift=shift, guidance=guidance, guidance_kind=guidance_kind,
         )  # fmt: skip
-        *_, latents = track(steps, "sampling", total=num_steps, disable=not progress, transient=True)
+        shown = progress and get_console().is_terminal
+        [latents] = deque(track(steps, "sampling", total=num_steps, disable=not shown, transient=True), maxlen=1)
         with torch.no_grad():
             video = self.codec.decode(latents)
         return to_frames(video)
@@ -112,14 +119,26 @@ class Pipeline:
 
 
 def pipeline_settings(folder: Path) -> dict[str, Any]:
-    """What a folder says of its pipeline: pipeline.json, or the subfolders of a diffusers pipeline."""
+    """What a folder says of its pipeline: pipeline.json, or the subfolders of a diffusers pipeline.
+
+    Raises UserError when the folder is absent or that of a run, or where pipeline.json holds something else.
+    """
     if not folder.is_dir():
         raise UserError(
             f"expected a model folder, {folder} does not exist; `vchitect-fast train` and `export` write one."
         )
+    if not (folder / "config.json").exists() and (folder / "model" / "config.json").exists():
+        raise UserError(f"{folder} is the folder of a training run; give the model in it, {folder / 'model'}.")
     if (folder / PIPELINE_FILE).exists():
-        return read_json(folder / PIPELINE_FILE)
-    settings: dict[str, Any] = {}
+        settings = read_json(folder / PIPELINE_FILE)
+        for name, kinds in SETTINGS.items():
+            if name in settings and (not isinstance(settings[name], kinds) or isinstance(settings[name], bool)):
+                raise UserError(
+                    f"{folder / PIPELINE_FILE} has {name} {settings[name]!r}, expected a {'text' if str in kinds else 'number'}; "
+                    "export the model again."
+                )
+        return settings
+    settings = {}
     if (folder / "vae").is_dir():
         settings["codec"] = str(folder)
     if (folder / "text_encoder").is_dir():
@@ -209,6 +228,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`vchitect-fast sample`."""
     settings = pipeline_settings(args.model)
+    shift, fps = _setting(args.shift, settings.get("shift"), 3.0), _setting(args.fps, settings.get("fps"), 8.0)
+    check_options(args, shift, fps)
     asked = args.shape or settings.get("shape")
     if asked is None:
         raise UserError(
@@ -216,14 +237,13 @@ def run(args: argparse.Namespace) -> int:
         )
     shape, note = VideoShape.parse(str(asked))
     if note:
-        print(note)
+        print(note, file=sys.stderr if args.json else sys.stdout)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = Pipeline.load(args.model, args.codec, args.text_encoder, device)
     frames = pipeline.generate(
         [args.prompt], shape, seeds=[args.seed], num_steps=args.steps, guidance=args.guidance,
-        guidance_kind=args.guidance_kind, shift=float(args.shift or settings.get("shift") or 3.0), progress=not args.json,
+        guidance_kind=args.guidance_kind, shift=shift, progress=not args.json,
     )[0]  # fmt: skip
-    fps = float(args.fps or settings.get("fps") or 8.0)
     write_video(args.out, frames, fps)
     strip = save_filmstrip({args.prompt: frames}, args.out.with_suffix(".png"))
     result = {
@@ -236,3 +256,21 @@ def run(args: argparse.Namespace) -> int:
     }
     print(json.dumps(result) if args.json else f"{shape} at {fps:g} frames/s: {args.out}, filmstrip {strip}")
     return 0
+
+
+def check_options(args: argparse.Namespace, shift: float, fps: float) -> None:
+    """UserError for a number that makes no video, before the model is loaded."""
+    if args.out.suffix.lower() != ".mp4":
+        raise UserError(f"--out must end in .mp4, got {args.out}; the filmstrip goes beside it under .png.")
+    if not 0 < shift < math.inf:
+        raise UserError(f"the shift must be a positive number, got {shift:g}; 1 leaves the noise levels as they are.")
+    if not FPS_RANGE[0] <= fps <= FPS_RANGE[1]:
+        raise UserError(f"frames a second must be from {FPS_RANGE[0]:g} to {FPS_RANGE[1]:g}, got {fps:g}; 8 is usual.")
+    if not math.isfinite(args.guidance):
+        raise UserError(f"--guidance must be a finite number, got {args.guidance}; 1 is none, 4 is usual.")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed must be a whole number from 0 to 2^63 - 1, got {args.seed}; choose a smaller one.")
+
+
+def _setting(asked: float | None, trained: float | None, default: float) -> float:
+    return float(next(value for value in (asked, trained, default) if value is not None))
