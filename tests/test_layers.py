@@ -1,4 +1,4 @@
-"""The law of docs/design.md: imports point down only. The table below is that page's table; a new file needs a row.
+"""The law of docs/design.md: imports point down only. The table below is that page's table; a new file needs a row, a row a file.
 
 pytest tests/test_layers.py; every import counts, also one inside a function.
 """
@@ -20,11 +20,12 @@ FOLDERS = {
 # The longest name that fits decides; a package's row holds for what is in it.
 LAYERS = {
     4: "train resume validate train_console sample export quickstart report doctor cli benchmarks",
-    3: "parallel.apply checkpoint data latent_cache metrics",
+    3: "parallel.apply checkpoint data metrics",
     2: "model parallel offload.hooks ema optimizer video buckets",
     1: "kernels attention offload profiling.span",
     0: "errors files shapes architecture workload cluster machine config plan manifest _C",
 }
+NOT_BUILT = ["offload", "offload.hooks", "parallel", "parallel.apply", "profiling.span"]  # as that page says
 LAYER_OF = {f"{PACKAGE}.{name}": layer for layer, names in LAYERS.items() for name in names.split()} | {PACKAGE: 0}
 
 # Packages beside the layers: the highest layer each may import. probe and verify run the model, so they may see it.
@@ -130,6 +131,25 @@ def violations(modules: dict[str, str]) -> list[str]:
             elif target and LAYER_OF[target] > allowed:
                 found.append(f"{module} (layer {allowed}) imports {name} (layer {LAYER_OF[target]})")
     return found
+
+
+def without_file(names: list[str]) -> list[str]:
+    """Rows of nothing that is there."""
+    stems = (
+        [ROOT / name.replace(".", "/") for name in names],
+        [ROOT / PACKAGE / name.replace(".", "/") for name in names],
+    )
+    return sorted(
+        name
+        for name, *places in zip(names, *stems, strict=True)
+        if not any(stem.with_suffix(end).exists() for stem in places for end in ("", ".py", ".pyi"))
+    )
+
+
+def test_every_row_has_its_file() -> None:
+    rows = [name for names in LAYERS.values() for name in names.split()]
+    assert without_file([*rows, *SIDE]) == NOT_BUILT
+    assert without_file(["train", "latent_cache", "autotune.probe", "_C", "model"]) == ["latent_cache"]
 
 
 def test_imports_point_down() -> None:
