@@ -48,6 +48,7 @@ quickstart: .venv/quickstart
 
 ctest: .venv/dev
 	@echo "== C++ tests"
+	@mkdir -p build
 	@$(BIN)/cmake -S . -B build/ctest -DCMAKE_BUILD_TYPE=Release > build/ctest.log 2>&1 || { cat build/ctest.log; exit 1; }
 	@$(BIN)/cmake --build build/ctest --parallel > build/ctest.log 2>&1 || { cat build/ctest.log; exit 1; }
 	@$(BIN)/ctest --test-dir build/ctest --output-on-failure

@@ -1,10 +1,11 @@
 // Engine: takes bytes away from the device into the pool and brings them back, by Ticket.
 //
-//   ticket = offload(source)   starts the copy out; the source must not change or go until
-//   wait(ticket) prefetch(ticket, target)   starts the copy back, after the copy out; the target is
-//   whole after wait(ticket) wait(ticket)               blocks until every copy started for the
-//   ticket is done release(ticket)            waits likewise, then gives the slot back; the ticket
-//   is dead from here on
+// clang-format off
+//   ticket = offload(source)   starts the copy out; the source must not change or go until wait(ticket)
+//   prefetch(ticket, target)   starts the copy back, after the copy out; the target is whole after wait(ticket)
+//   wait(ticket)               blocks until every copy started for the ticket is done
+//   release(ticket)            waits likewise, then gives the slot back; the ticket is dead from here on
+// clang-format on
 //
 // It knows nothing of tensors, streams of the caller, or what is worth moving: that is decided
 // above it.
