@@ -23,7 +23,7 @@ from vchitect_fast.autotune.search import SAFETY, plan_run
 from vchitect_fast.cluster import Cluster
 from vchitect_fast.errors import UserError
 from vchitect_fast.machine import available_memory_bytes, this_device
-from vchitect_fast.plan import Plan
+from vchitect_fast.plan import Plan, check_place
 from vchitect_fast.shapes import VideoShape
 
 VERBS = ("probe", "plan", "explain", "verify")
@@ -58,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=int, default=1, help="samples an optimizer step, of each shape (default: %(default)s)"
     )
     parser.add_argument(
-        "--text-tokens", type=int, default=333, help="tokens of the run's text encoder (default: %(default)s)"
+        "--text-tokens",
+        type=int,
+        default=333,
+        help="tokens of the run's text encoder: 333 = SD3's encoders, 16 = the embedded hash encoder (default: %(default)s)",
     )
     parser.add_argument(
         "--dtype",
@@ -109,6 +112,7 @@ def _probe_and_plan(args: argparse.Namespace) -> None:
     if cluster is not None:
         _check_here(cluster, args.cluster)
     else:
+        check_place(args.out)
         cluster = _measure(args.cluster or str(Path(args.out).with_name("cluster.json")), args.json)
     limit = cluster.device.memory_bytes
     if cluster.device.kind == "cpu":  # other programs hold part of main memory
@@ -133,7 +137,7 @@ def _explain(args: argparse.Namespace) -> None:
 
 def _verify(args: argparse.Namespace) -> None:
     plan, config = Plan.load(args.plan), load_config(args.model)
-    plan.check(model=config.fingerprint(), device=this_device().fingerprint())
+    plan.check(model=config.fingerprint(), device=this_device())
     _say("running a few steps of each shape", args.json)
 
     from vchitect_fast.autotune.verify import verify

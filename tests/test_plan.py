@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from vchitect_fast.cluster import Device
 from vchitect_fast.errors import UserError
 from vchitect_fast.plan import Comparison, Plan, PlanEntry, Policy, Prediction, ShardSpec
 from vchitect_fast.shapes import VideoShape
@@ -32,7 +33,7 @@ ENTRY = PlanEntry(
 PLAN = Plan(
     model="0123456789ab", device="ba9876543210", device_name="made-up CPU", compute_dtype="bfloat16", num_text_tokens=77,
     entries=(ENTRY, replace(ENTRY, shape="1x128x128")), peak_flops=1.5e11, mesh={"dp_replicate": 2, "dp_shard": 4, "sp": 8},
-    fsdp_group="node",
+    fsdp_group="node", device_threads=2, device_gib=16,
 )  # fmt: skip
 
 
@@ -92,6 +93,22 @@ def test_edited_inputs_are_refused(tmp_path: Path, change: Callable[[dict[str, A
         (lambda plan: plan.update(colour="red"), "is not a Plan .*colour"),
         (lambda plan: plan["entries"][0].pop("microbatch"), "is not a Plan .*microbatch"),
         (lambda plan: plan["entries"][0]["policy"][0].update(qkv="forget"), "unknown policy of qkv 'forget'"),
+        (
+            lambda plan: plan["entries"][0].update(microbatch=0),
+            "microbatch of the Plan's 8x96x64 must be .* got 0; plan it",
+        ),
+        (lambda plan: plan["entries"][0].update(accumulation=1.5), "accumulation of .* got 1.5"),
+        (lambda plan: plan["entries"][0].update(num_chunks=-1), "num_chunks of .* got -1"),
+        (
+            lambda plan: plan["entries"][1].update(vae_mini_batch=True),
+            "vae_mini_batch of the Plan's 1x128x128 .* got True",
+        ),
+        (
+            lambda plan: plan["entries"][0].update(attention={"spatial": "sdpa"}),
+            "attention of .* spatial, temporal, cross",
+        ),
+        (lambda plan: plan["entries"][0]["attention"].update(time="sdpa"), "attention of .* spatial, temporal, cross"),
+        (lambda plan: plan["entries"][0].update(attention="sdpa"), "attention of .* got 'sdpa'"),
     ],
 )
 def test_a_file_that_is_not_a_plan_is_refused(
@@ -118,11 +135,57 @@ def test_a_file_that_is_not_json_is_refused_by_name(tmp_path: Path, content: byt
     with pytest.raises(UserError, match=said) as caught:
         Plan.load(tmp_path / "plan.json")
     assert str(tmp_path / "plan.json") in str(caught.value)
+    assert "--out" not in str(caught.value)  # the file is somebody's
 
 
 def test_an_absent_plan_is_refused_with_the_command_that_makes_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such file.*vchitect-fast autotune --out"):
         Plan.load(tmp_path / "plan.json")
+
+
+def test_a_folder_is_not_proposed_as_the_place_of_a_plan(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read the Plan .*Is a directory") as caught:
+        Plan.load(tmp_path)
+    assert "--out" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["# my readme", "", "[1]", '{"schema_version": 1, "device": {}}'])
+def test_only_a_plan_is_overwritten(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "mine"
+    path.write_text(content)
+    with pytest.raises(UserError, match="is there and is not a Plan, it is left as it was; choose another --out"):
+        PLAN.save(path)
+    assert path.read_text() == content
+    with pytest.raises(UserError, match="is not a Plan"):
+        PLAN.save(tmp_path)
+    PLAN.save(tmp_path / "plan.json")
+    edit(tmp_path / "plan.json", lambda plan: plan.update(schema_version=0))  # of an older version of ours
+    PLAN.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == PLAN
+
+
+def test_what_differs_of_the_device_is_said() -> None:
+    made_for = Device("made-up CPU", "cpu", 16 * 2**30, num_threads=2)
+    plan = replace(PLAN, device=made_for.fingerprint())
+    plan.check(model=PLAN.model, device=made_for)
+
+    def refused(plan: Plan, device: Device) -> str:
+        with pytest.raises(UserError) as caught:
+            plan.check(model=PLAN.model, device=device)
+        return str(caught.value)
+
+    start = "this Plan is for device 'made-up CPU' with 16 GiB and 2 threads, this is "
+    again = "run `vchitect-fast autotune` on this machine."
+    one_thread = replace(made_for, num_threads=1)
+    assert refused(plan, one_thread) == (
+        f"{start}'made-up CPU' with 16 GiB and 1 thread; set OMP_NUM_THREADS=2, or {again}"
+    )
+    assert refused(plan, replace(one_thread, name="other")) == f"{start}'other' with 16 GiB and 1 thread; {again}"
+    assert (
+        refused(plan, replace(made_for, memory_bytes=2**33))
+        == f"{start}'made-up CPU' with 8 GiB and 2 threads; {again}"
+    )
+    assert one_thread.fingerprint() in refused(replace(plan, device_threads=None), one_thread)  # of an older Plan
 
 
 def test_another_model_or_device_is_refused_and_named() -> None:

@@ -60,9 +60,14 @@ class Device:
     fit_error: float | None = None  # mean relative error of interpolating the timings, at sizes held out of them
     source: str = ""
 
+    @property
+    def memory_gib(self) -> int:
+        """Memory in whole GiB: as exactly as a Plan is bound to it."""
+        return round(self.memory_bytes / 2**30)
+
     def fingerprint(self) -> str:
         """Twelve hex digits of what makes two devices interchangeable for a Plan: name, kind, threads, memory in GiB."""
-        identity = [self.name, self.kind, self.num_threads, round(self.memory_bytes / 2**30)]
+        identity = [self.name, self.kind, self.num_threads, self.memory_gib]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
 
 

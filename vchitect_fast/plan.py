@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from vchitect_fast.cluster import Device
 from vchitect_fast.errors import UserError, unknown_name
 from vchitect_fast.files import write_text
 from vchitect_fast.shapes import VideoShape
@@ -20,6 +21,7 @@ from vchitect_fast.shapes import VideoShape
 SCHEMA_VERSION = 1
 KEEP, RECOMPUTE, OFFLOAD = "keep", "recompute", "offload"
 ACTIONS = (KEEP, RECOMPUTE, OFFLOAD)
+BRANCHES = ("spatial", "temporal", "cross")
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """The decisions for one VideoShape."""
+    """The decisions for one VideoShape.
+
+    Raises UserError for a count that is not a positive whole number, or attention that is not of the three branches.
+    """
 
     shape: str  # VideoShape, "frames x width x height"
     policy: tuple[Policy, ...]  # one a block
@@ -115,6 +120,20 @@ class PlanEntry:
     vae_mini_batch: int = 8  # frames encoded at once
     attention: dict[str, str] = field(default_factory=lambda: {"spatial": "sdpa", "temporal": "sdpa", "cross": "sdpa"})
     runners_up: tuple[dict[str, Any], ...] = ()  # {choice, step_s, peak_gib, why}
+
+    def __post_init__(self) -> None:
+        for name in ("microbatch", "accumulation", "num_chunks", "vae_mini_batch"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(
+                    f"{name} of the Plan's {self.shape} must be a whole number from 1 up, got {value!r}; "
+                    "plan it again with `vchitect-fast autotune`."
+                )
+        if not isinstance(self.attention, dict) or self.attention.keys() != set(BRANCHES):
+            raise UserError(
+                f"attention of the Plan's {self.shape} must name a backend for each of {', '.join(BRANCHES)}, "
+                f"got {self.attention!r}; plan it again with `vchitect-fast autotune`."
+            )
 
     @property
     def video_shape(self) -> VideoShape:
@@ -140,6 +159,8 @@ class Plan:
     peak_flops: float | None = None  # measured matmul FLOP/s in compute_dtype, the denominator of MFU
     mesh: dict[str, int] = field(default_factory=lambda: {"dp_replicate": 1, "dp_shard": 1, "sp": 1})
     fsdp_group: str = "none"  # none | node | global
+    device_threads: int | None = None  # with the name all that Device.fingerprint() is made of, so that `check` can
+    device_gib: int | None = None  # say what differs
 
     def digest(self) -> str:
         """Hash of the inputs: model, device, dtype, text tokens, shapes."""
@@ -152,16 +173,30 @@ class Plan:
         ]
         return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
 
-    def check(self, *, model: str, device: str) -> None:
-        """Refuse to run under another model or device than planned for; the message says which differs."""
+    def check(self, *, model: str, device: Device | str) -> None:
+        """Refuse to run under another model or device than planned for; the message says which differs.
+
+        model   its fingerprint
+        device  the Device, so that the message can say in what it differs, or its fingerprint
+        """
         if self.model != model:
             raise UserError(
                 f"this Plan is for model {self.model}, the run has model {model}; run `vchitect-fast autotune --model ...` for this model."
             )
-        if self.device != device:
-            raise UserError(
-                f"this Plan is for device {self.device_name!r} ({self.device}), this is {device}; run `vchitect-fast autotune` on this machine."
-            )
+        if self.device != (device.fingerprint() if isinstance(device, Device) else device):
+            raise self._other_device(device)
+
+    def _other_device(self, here: Device | str) -> UserError:
+        remedy = "run `vchitect-fast autotune` on this machine."
+        if isinstance(here, str) or self.device_threads is None or self.device_gib is None:
+            here = here if isinstance(here, str) else here.fingerprint()
+            return UserError(f"this Plan is for device {self.device_name!r} ({self.device}), this is {here}; {remedy}")
+        if (self.device_name, self.device_gib) == (here.name, here.memory_gib):
+            remedy = f"set OMP_NUM_THREADS={self.device_threads}, or {remedy}"
+        return UserError(
+            f"this Plan is for device {self.device_name!r} with {self.device_gib} GiB and {_threads(self.device_threads)}, "
+            f"this is {here.name!r} with {here.memory_gib} GiB and {_threads(here.num_threads)}; {remedy}"
+        )
 
     def entry(self, shape: VideoShape) -> PlanEntry:
         """The entry of a shape; UserError listing the planned shapes otherwise."""
@@ -174,7 +209,8 @@ class Plan:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the Plan as JSON: to a temporary name, synced, then renamed."""
+        """Write the Plan as JSON: to a temporary name, synced, then renamed. UserError as `check_place`."""
+        check_place(path)
         content = {"schema_version": SCHEMA_VERSION, "hash": self.digest(), **asdict(self)}
         write_text(path, json.dumps(content, indent=1))
 
@@ -184,12 +220,13 @@ class Plan:
         try:
             content = json.loads(Path(path).read_bytes())
         except OSError as error:
+            place = f" --out {path}" if isinstance(error, FileNotFoundError) else ""
             raise UserError(
-                f"cannot read the Plan {path} ({error.strerror}); make one with `vchitect-fast autotune --out {path}`."
+                f"cannot read the Plan {path} ({error.strerror}); make one with `vchitect-fast autotune{place}`."
             ) from None
         except ValueError as error:  # neither JSON nor UTF-8
             raise UserError(
-                f"the Plan {path} is not JSON ({error}); make it again with `vchitect-fast autotune --out {path}`."
+                f"the Plan {path} is not JSON ({error}); name the plan.json that `vchitect-fast autotune` wrote."
             ) from None
         version = content.pop("schema_version", None) if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
@@ -202,13 +239,30 @@ class Plan:
             plan = cls(**content)
         except (KeyError, TypeError) as error:
             raise UserError(
-                f"{path} is not a Plan ({error}); make it again with `vchitect-fast autotune --out {path}`."
+                f"{path} is not a Plan ({error}); name the plan.json that `vchitect-fast autotune` wrote."
             ) from None
         if plan.digest() != stored:
             raise UserError(
                 f"the inputs of the Plan {path} were edited (hash {stored}, expected {plan.digest()}); make it again with `vchitect-fast autotune`."
             )
         return plan
+
+
+def _threads(number: int) -> str:
+    return f"{number} thread{'' if number == 1 else 's'}"
+
+
+def check_place(path: str | Path) -> None:
+    """UserError where a Plan would overwrite something else; a Plan, also of another schema, may be overwritten."""
+    path = Path(path)
+    if not path.exists():
+        return
+    try:
+        content = json.loads(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict) or not {"schema_version", "hash", "entries"} <= content.keys():
+        raise UserError(f"{path} is there and is not a Plan, it is left as it was; choose another --out or remove it.")
 
 
 def _entry(values: dict[str, Any]) -> PlanEntry:
