@@ -7,7 +7,9 @@
 
 Backward frees what a block saved while its gradients appear, so four kinds of moment compete: the end of forward, and in
 each block's backward the text MLP, the visual MLP and the end. Autograd runs the text stream first, it was recorded last.
-The peak is the fullest moment. Not included: the codec and text encoders, fragmentation and caching of the allocator,
+The peak is the fullest moment, in the terms of metrics.peak_bytes: on a CPU the resident bytes of the process, on a GPU what
+torch allocates; there the process (the CUDA context) takes part of the memory but not of the peak, so that search.py
+lowers the limit by it instead. Not included: the codec and text encoders, fragmentation and caching of the allocator,
 workspaces of libraries. Letters as in workload.py. Layer 0 only.
 """
 
@@ -31,7 +33,7 @@ BLOCK_END_WORKING = 4  # at the attention's projections: gradients of q, k, v su
 class StepMemory:
     """Bytes at the fullest moment of a step."""
 
-    process_bytes: int
+    process_bytes: int  # on a CPU what torch and this package take; 0 on a GPU
     states_bytes: int  # masters, compute copy, AdamW, EMA, buffers
     gradients_bytes: int
     saved_bytes: int  # of kept blocks, block inputs of recomputed ones, and the ends
@@ -96,7 +98,7 @@ def step_memory(
 
     def moment(gradients_bytes: int, saved_bytes: int, working_bytes: int) -> StepMemory:
         return StepMemory(
-            process_bytes=device.process_bytes or 0,
+            process_bytes=0 if device.kind == "cuda" else device.process_bytes or 0,
             states_bytes=states_bytes(work, dtype, ema=ema),
             gradients_bytes=every_gradient if accumulation > 1 else gradients_bytes,
             saved_bytes=saved_bytes,

@@ -76,6 +76,8 @@ def plan_run(
     if dtype == "auto":
         return _faster_dtype(config, shapes, device, batch, num_text_tokens, limit_bytes)
     limit = int(SAFETY * device.memory_bytes) if limit_bytes is None else limit_bytes
+    if device.kind == "cuda":
+        limit -= device.process_bytes or 0  # of the context; see memory.py
     entries = []
     for shape in dict.fromkeys(shapes):
         _check_grid(config, shape)
@@ -89,6 +91,8 @@ def plan_run(
         num_text_tokens=num_text_tokens,
         entries=tuple(entries),
         peak_flops=device.matmul_flops.get(dtype),
+        device_threads=device.num_threads,
+        device_gib=device.memory_gib,
     )
 
 

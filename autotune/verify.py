@@ -6,7 +6,6 @@ loss, backward, clipping, AdamW, EMA - without data, encoding, logging or saving
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import torch
 from vchitect_fast.architecture import TransformerConfig
 from vchitect_fast.ema import EMA
 from vchitect_fast.machine import this_device
+from vchitect_fast.metrics import peak_bytes, reset_peak
 from vchitect_fast.model import VchitectTransformer
 from vchitect_fast.model.flow import flow_loss
 from vchitect_fast.optimizer import MasterAdamW
@@ -28,11 +28,10 @@ def verify(plan: Plan, config: TransformerConfig, *, num_steps: int = 5) -> dict
 
     num_steps  timed steps a shape, after one that warms up; the median is reported
 
-    Returns by shape the keys of vchitect_fast.metrics.measured that were predicted. The peak is the process's high-water
-    mark on a CPU, so that a shape after a larger one repeats the larger one's. Raises UserError for another model's or
-    device's Plan.
+    Returns by shape the keys of vchitect_fast.metrics.measured that were predicted. The peak is that of metrics.peak_bytes,
+    counted anew for each shape. Raises UserError for another model's or device's Plan.
     """
-    plan.check(model=config.fingerprint(), device=this_device().fingerprint())
+    plan.check(model=config.fingerprint(), device=this_device())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = VchitectTransformer(config).to(device)
     for parameter in model.parameters():
@@ -43,10 +42,11 @@ def verify(plan: Plan, config: TransformerConfig, *, num_steps: int = 5) -> dict
     for entry in plan.entries:
         model.set_policy(entry.policy)
         model.attention_backend = entry.attention
+        reset_peak(device.type)
         laps = [_step(model, optimizer, ema, entry, plan.num_text_tokens, device) for _ in range(num_steps + 1)][1:]
         parts = {name: median(lap[name] for lap in laps) for name in laps[0]}
         parts["step_s"] = median(sum(lap.values()) for lap in laps)
-        parts["peak_gib"] = _peak_bytes(device) / 2**30
+        parts["peak_gib"] = peak_bytes(device.type) / 2**30
         result[entry.shape] = parts
     return result
 
@@ -88,10 +88,3 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return total - free - torch.cuda.memory_reserved(device) + torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -14,7 +14,7 @@ import pytest
 from made_up_device import cluster
 
 from vchitect_fast.architecture import preset
-from vchitect_fast.autotune import probe
+from vchitect_fast.autotune import probe, verify
 from vchitect_fast.cli import main
 from vchitect_fast.cluster import Cluster
 from vchitect_fast.errors import UserError
@@ -91,6 +91,27 @@ def test_verify_measures_what_was_predicted(here: Path, capsys: pytest.CaptureFi
     assert "predicted against measured" in capsys.readouterr().out
 
 
+def test_verify_counts_the_peak_of_each_shape_anew(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the training log does: a small shape after a large one does not repeat the large one's."""
+    calls: list[str] = []
+    monkeypatch.setattr(verify, "reset_peak", lambda kind: calls.append("reset"))
+    monkeypatch.setattr(verify, "peak_bytes", lambda kind: calls.append("read") or len(calls) * 2**30)
+    assert main(["autotune", "plan", *PLAN[:3], "2x32x32", "1x32x32", *PLAN[4:]]) == 0
+    found = verify.verify(Plan.load("plan.json"), preset("vchitect-nano"), num_steps=1)
+    assert calls == ["reset", "read"] * 2
+    assert [parts["peak_gib"] for parts in found.values()] == [2, 4]
+
+
+def test_a_measurement_is_not_spent_on_a_plan_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(probe, "probe", None)  # measuring would fail
+    (tmp_path / "README.md").write_text("mine")
+    assert main(["autotune", *PLAN, "--out", str(tmp_path / "README.md")]) == 2
+    assert "is not a Plan" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
 def test_reads_the_sizes_of_a_folder(here: Path) -> None:
     config = preset("vchitect-nano")
     (here / "model" / "transformer").mkdir(parents=True)
@@ -160,6 +181,7 @@ def test_help_has_defaults_and_an_example() -> None:
     command.add_arguments(parser)
     text = parser.format_help()
     assert "example: vchitect-fast autotune --model vchitect-tiny" in text
+    assert "333 = SD3's encoders, 16 = the embedded hash encoder" in " ".join(text.split())
     for option in ("--batch", "--text-tokens", "--dtype", "--out", "--plan", "--cluster"):
         assert "default" in text.split(option, 2)[2].split("--")[0]
 

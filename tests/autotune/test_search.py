@@ -51,6 +51,19 @@ def space(batch: int) -> dict[tuple[int, int], tuple[float, int]]:
     return found
 
 
+def test_the_peak_of_a_gpu_is_without_its_context() -> None:
+    """What torch.cuda.max_memory_allocated counts; the context lowers the limit instead."""
+    on_cpu, context = planned(), device().process_bytes
+    assert context
+    on_gpu = planned(on=device(kind="cuda"))
+    assert on_gpu.predicted.peak_parts_gib["process"] == 0 < on_cpu.predicted.peak_parts_gib["process"]
+    assert on_gpu.predicted.peak_gib == sum(on_gpu.predicted.peak_parts_gib.values())
+    peak = round(on_gpu.predicted.peak_gib * GIB)
+    tight = device(kind="cuda", process_bytes=0)
+    assert planned(peak, on=tight) == planned(peak + context, on=device(kind="cuda"))
+    assert planned(peak - 1, on=tight) == planned(peak - 1 + context, on=device(kind="cuda")) != planned(peak, on=tight)
+
+
 def test_the_choice_is_the_fastest_that_fits_at_every_limit() -> None:
     every = space(4)
     peaks = sorted(peak for _, peak in every.values())
