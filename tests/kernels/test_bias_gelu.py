@@ -19,7 +19,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [
     (1, 1, 1),  # one value
     (2, 3, 5),  # less than a tile
-    (1, 37, 515),  # more than a tile either way, odd; more than one partial row
+    (2, 35, 515),  # more than a tile either way, odd; more than one partial row
     pytest.param((2, 20000, 6144), marks=pytest.mark.gpu, id="40x432x240"),
 ]
 
@@ -62,7 +62,7 @@ def test_strides_do_not_matter(device: torch.device) -> None:
 
 
 def test_is_deterministic(device: torch.device) -> None:
-    given = draw((1, 70, 33), torch.float32, device)
+    given = draw((1, 70, 9), torch.float32, device)
     assert all(map(torch.equal, run("triton", *given), run("triton", *given)))
 
 

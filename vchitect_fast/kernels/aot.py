@@ -24,7 +24,9 @@ from vchitect_fast.errors import UserError
 from vchitect_fast.kernels import _check
 
 OPS = [
+    "adaln",
     "bias_gelu",
+    "gated_residual",
 ]
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # CUDA programming guide, per thread block
 THREADS_PER_WARP = 32
@@ -35,7 +37,7 @@ class Variant:
     """One compilation of a kernel; a type is Triton's, with ":16" behind it where the value is a multiple of 16."""
 
     kernel: Any
-    signature: dict[str, str]  # of every argument that is not a constexpr
+    signature: dict[str, str | tuple[str, ...]]  # of every argument that is not a constexpr; a tuple for a tuple
     constexprs: dict[str, Any]
     num_warps: int
     label: str
@@ -77,14 +79,26 @@ def compile_variant(variant: Variant, cc: int) -> Usage:
     types = {name: variant.signature.get(name, "constexpr") for name in names}
     source = ASTSource(
         fn=variant.kernel,
-        signature={name: kind.removesuffix(":16") for name, kind in types.items()},
+        signature={name: _bare(kind) for name, kind in types.items()},
         constexprs=variant.constexprs,
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].endswith(":16")},
+        attrs={path: [["tt.divisibility", 16]] for i, name in enumerate(names) for path in _multiples(i, types[name])},
     )
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", cc, THREADS_PER_WARP), options=options)
     num_registers, stack_bytes = _resources(compiled.asm["cubin"])
     return Usage(variant.label, cc, num_registers, stack_bytes, compiled.metadata.shared, variant.num_warps)
+
+
+def _bare(kind: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """A type without its ":16"."""
+    return tuple(one.removesuffix(":16") for one in kind) if isinstance(kind, tuple) else kind.removesuffix(":16")
+
+
+def _multiples(i: int, kind: str | tuple[str, ...]) -> list[tuple[int, ...]]:
+    """Paths to the values of argument i that are multiples of 16."""
+    if isinstance(kind, tuple):
+        return [(i, j) for j, one in enumerate(kind) if one.endswith(":16")]
+    return [(i,)] if kind.endswith(":16") else []
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

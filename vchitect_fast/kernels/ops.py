@@ -12,6 +12,36 @@ from vchitect_fast.kernels import reference
 from vchitect_fast.kernels._check import is_reference
 
 
+def modulated_norm(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float, *, impl: str) -> Tensor:
+    """LayerNorm without affine, then y (1 + scale) + shift; x [B, L, D], shift and scale [B, D]."""
+    if is_reference(impl):
+        return reference.modulated_norm(x_BLD, shift_BD, scale_BD, eps)
+    from vchitect_fast.kernels.adaln import modulated_norm as kernel
+
+    return kernel(x_BLD, shift_BD, scale_BD, eps)
+
+
+def gated_residual(x_BLD: Tensor, branch_BLD: Tensor, gate_BD: Tensor, *, impl: str) -> Tensor:
+    """x + gate * branch; x and branch [B, L, D], gate [B, D]."""
+    if is_reference(impl):
+        return reference.gated_residual(x_BLD, branch_BLD, gate_BD)
+    from vchitect_fast.kernels.gated_residual import gated_residual as kernel
+
+    return kernel(x_BLD, branch_BLD, gate_BD)
+
+
+def gated_residual_norm(
+    x_BLD: Tensor, branch_BLD: Tensor, gate_BD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float, *, impl: str
+) -> tuple[Tensor, Tensor]:
+    """y = x + gate * branch, and modulated_norm of y."""
+    if is_reference(impl):
+        y_BLD = reference.gated_residual(x_BLD, branch_BLD, gate_BD)
+        return y_BLD, reference.modulated_norm(y_BLD, shift_BD, scale_BD, eps)
+    from vchitect_fast.kernels.gated_residual import gated_residual_norm as kernel
+
+    return kernel(x_BLD, branch_BLD, gate_BD, shift_BD, scale_BD, eps)
+
+
 def bias_gelu(x: Tensor, bias_D: Tensor, *, impl: str) -> Tensor:
     """GELU (tanh) of x + bias, x [..., D]."""
     if is_reference(impl):

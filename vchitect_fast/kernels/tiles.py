@@ -21,6 +21,120 @@ class SheetTile:
     num_warps: int
 
 
-# Not measured. 16 fp32 values a thread; one partial row of 4 bytes for 32 rows of 2 + 2 + 2.
+# Not measured. 16 fp32 values a thread; one fp32 partial row for 64 rows.
 BIAS_GELU_FORWARD = SheetTile(block_rows=4, block_columns=512, num_blocks=1, num_warps=4)
-BIAS_GELU_BACKWARD = SheetTile(block_rows=4, block_columns=512, num_blocks=8, num_warps=4)
+BIAS_GELU_BACKWARD = SheetTile(block_rows=4, block_columns=512, num_blocks=16, num_warps=4)
+
+# ---- whole rows in one tile: adaln, gated_residual -------------------------------------------------------------------
+
+MAX_ROW = 4096  # columns of one tile: more would not fit the registers of a program
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """A program owns num_blocks x block_rows rows of one sample; num_blocks counts in backward only."""
+
+    block_rows: int
+    num_blocks: int
+    num_warps: int
+
+
+# (largest D, tile), not measured. 8 columns of one row are a 16-byte load of a thread, so that 8 warps span 2048 columns and
+# the sum over a program's rows stays inside a thread.
+ROWS_FORWARD = (
+    (256, RowTile(block_rows=4, num_blocks=1, num_warps=1)),
+    (1024, RowTile(block_rows=4, num_blocks=1, num_warps=4)),
+    (2048, RowTile(block_rows=4, num_blocks=1, num_warps=8)),
+    (MAX_ROW, RowTile(block_rows=2, num_blocks=1, num_warps=16)),
+)
+ROWS_BACKWARD = (
+    (256, RowTile(block_rows=4, num_blocks=8, num_warps=1)),
+    (1024, RowTile(block_rows=4, num_blocks=8, num_warps=4)),
+    (2048, RowTile(block_rows=2, num_blocks=16, num_warps=8)),
+    (MAX_ROW, RowTile(block_rows=1, num_blocks=32, num_warps=16)),
+)
+
+
+GATED_BACKWARD = (  # four streams in and two out: one row at a time leaves registers for two programs of 8 warps
+    (1024, RowTile(block_rows=2, num_blocks=16, num_warps=4)),
+    (2048, RowTile(block_rows=1, num_blocks=32, num_warps=8)),
+    (MAX_ROW, RowTile(block_rows=1, num_blocks=32, num_warps=16)),
+)
+
+
+def rows_forward(num_columns: int) -> RowTile:
+    """The forward tile of both ops at this width (at most MAX_ROW)."""
+    return next(tile for limit, tile in ROWS_FORWARD if num_columns <= limit)
+
+
+def rows_backward(num_columns: int) -> RowTile:
+    """The backward tile of adaln at this width (at most MAX_ROW)."""
+    return next(tile for limit, tile in ROWS_BACKWARD if num_columns <= limit)
+
+
+def gated_backward(num_columns: int) -> RowTile:
+    """The backward tile of gated_residual at this width (at most MAX_ROW)."""
+    return next(tile for limit, tile in GATED_BACKWARD if num_columns <= limit)
+
+
+# ---- attention over the frames of each position: temporal ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PackedTile:
+    """`pack` heads of one position, T frames each, fill `block` rows."""
+
+    block: int
+    pack: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class TiledTile:
+    """A program holds `block_q` queries and `block_k` keys at a time."""
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def temporal_forward(num_frames: int, element_bytes: int) -> PackedTile | TiledTile:
+    """By T; the rows are those of a sketch of this kernel measured in bf16 at C = 64 on one H100."""
+    if element_bytes == 4:
+        return _temporal_fp32(num_frames)
+    if num_frames <= 16:
+        return PackedTile(block=16, pack=1, num_warps=1)  # T=16: 0.28 ms
+    if num_frames < 32:
+        return PackedTile(block=64, pack=2, num_warps=4)  # T=24: 0.13 ms
+    if num_frames == 32:
+        return PackedTile(block=32, pack=1, num_warps=1)  # 0.10 ms
+    if num_frames <= 64:
+        return PackedTile(block=64, pack=1, num_warps=4)  # T=40: 0.37 ms (0.48 packed in 128 rows); T=64: 0.34 ms
+    if num_frames <= 128:
+        return PackedTile(block=128, pack=1, num_warps=4)  # T=80: 0.65 ms; T=128: 0.42 ms
+    return TiledTile(block_q=64, block_k=64, num_warps=4, num_stages=1)  # not measured
+
+
+def temporal_backward(num_frames: int, element_bytes: int) -> PackedTile | TiledTile:
+    """As temporal_forward."""
+    if element_bytes == 4:
+        return _temporal_fp32(num_frames)
+    if num_frames <= 16:
+        return PackedTile(block=16, pack=1, num_warps=1)  # T=16: 0.61 ms
+    if num_frames <= 32:
+        return PackedTile(block=64, pack=2, num_warps=4)  # T=24: 0.26 ms; T=32: 0.22 ms
+    if num_frames <= 64:
+        return PackedTile(block=64, pack=1, num_warps=4)  # T=40: 0.97 ms; T=64: 0.76 ms
+    if num_frames <= 128:
+        return PackedTile(block=128, pack=1, num_warps=8)  # T=80: 1.47 ms; T=128: 1.10 ms
+    return TiledTile(block_q=64, block_k=64, num_warps=4, num_stages=1)  # not measured
+
+
+def _temporal_fp32(num_frames: int) -> PackedTile | TiledTile:
+    """Not measured: products in fp32 run outside the tensor cores and hold their operands in registers."""
+    if num_frames <= 16:
+        return PackedTile(block=16, pack=1, num_warps=4)
+    if num_frames <= 32:
+        return PackedTile(block=32, pack=1, num_warps=4)
+    return TiledTile(block_q=32, block_k=32, num_warps=4, num_stages=1)
