@@ -50,9 +50,10 @@ def choices(work: Workload, device: Device, dtype: str) -> list[Choice]:
     for microbatch in (size for size in range(1, batch + 1) if batch % size == 0):
         one = replace(work, batch=microbatch)
         for recomputed in range(layers + 1):
-            options = {"num_recomputed": recomputed, "accumulation": batch // microbatch}
-            cost, memory = step_cost(one, device, dtype, **options), step_memory(one, device, dtype, **options)
-            found.append(Choice(microbatch, batch // microbatch, recomputed, layers, cost, memory))
+            times = batch // microbatch
+            cost = step_cost(one, device, dtype, num_recomputed=recomputed, accumulation=times)
+            memory = step_memory(one, device, dtype, num_recomputed=recomputed, accumulation=times)
+            found.append(Choice(microbatch, times, recomputed, layers, cost, memory))
     return found
 
 
@@ -180,8 +181,8 @@ def _check_grid(config: TransformerConfig, shape: VideoShape) -> None:
 def _nothing_fits(work: Workload, device: Device, dtype: str, limit: int, leanest: Choice) -> UserError:
     def fits(frames: int) -> bool:
         one = replace(work, batch=1, shape=replace(work.shape, num_frames=frames))
-        options = {"num_recomputed": work.config.num_layers, "accumulation": work.batch}
-        return step_memory(one, device, dtype, **options).peak_bytes <= limit
+        layers = work.config.num_layers
+        return step_memory(one, device, dtype, num_recomputed=layers, accumulation=work.batch).peak_bytes <= limit
 
     low, high = 0, work.shape.num_frames  # `low` frames fit or are 0, `high` do not
     while high - low > 1:
