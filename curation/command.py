@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Timer
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,7 @@ def curate(videos: list[Path], out: Path, *, caption: str = "", min_seconds: flo
     with _progress(sources) as progress:
         for source in sources:
             task = progress.add_task(source.path.name, total=source.num_packets)
-            shots = find_shots(source, lambda task=task: progress.advance(task))
+            shots = find_shots(source, partial(progress.advance, task))
             captions = _captions(source.path, len(shots), caption)
             for number, (shot, text) in enumerate(zip(shots, captions, strict=True), 1):
                 found.append(Found(source, number, shot, text, shot.seconds >= min_seconds))
