@@ -109,24 +109,6 @@ def test_strides_do_not_matter(device: torch.device) -> None:
         assert torch.equal(actual, expected)
 
 
-@pytest.mark.gpu
-def test_compiles_whole(device: torch.device) -> None:
-    rows, Wo, bo, Wc, bc, Wt, bt, _ = draw(64, 32, torch.bfloat16, device)
-
-    def call(rows: Tensor) -> Tensor:
-        return branch_sum(rows, (Wo, bo), (Wc, bc), (Wt, bt), spatial_weight=1.1, is_image=False)
-
-    exact = branch_sum(
-        *(
-            t.double() if isinstance(t, Tensor) else (t[0].double(), t[1].double())
-            for t in (rows, (Wo, bo), (Wc, bc), (Wt, bt))
-        ),
-        spatial_weight=1.1,
-        is_image=False,
-    )
-    assert_close_to_exact(torch.compile(call, fullgraph=True)(rows), exact, call(rows), reduced=96)
-
-
 REJECTED: list[tuple[dict[str, Any], str]] = [
     ({"rows": torch.zeros(5, 11)}, "expected rows of shape [any, 9], got [5, 11]"),
     ({"rows": torch.zeros(5, 12, dtype=torch.int64)}, "expected float rows [R, 3 D], got [5, 12] int64"),

@@ -115,15 +115,6 @@ def test_fp32_parameters_of_low_rows(device: torch.device) -> None:
     assert [t.dtype for t in actual] == [torch.bfloat16] * 4 + [torch.float32] * 6
 
 
-@pytest.mark.gpu
-def test_compiles_whole(device: torch.device) -> None:
-    [x], weights, biases, _ = draw(((64,), 32, 32, 3), torch.bfloat16, device)
-    compiled = torch.compile(lambda x: project(x, weights, biases), fullgraph=True)
-    exact = project(x.double(), [w.double() for w in weights], [b.double() for b in biases])
-    for values in zip(compiled(x), exact, project(x, weights, biases), strict=True):
-        assert_close_to_exact(*values, reduced=32)
-
-
 REJECTED: list[tuple[dict[str, Any], str]] = [
     ({"biases": [torch.zeros(3)]}, "expected a bias for each weight, got 2 weights and 1 biases"),
     ({"weights": [torch.zeros(3, 4), torch.zeros(2, 4)]}, "expected weight 1 of shape [3, 4], got [2, 4]"),

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vchitect_fast.kernels import _check, tiles
 from vchitect_fast.kernels._op import register, rows
@@ -211,6 +212,7 @@ class _ModulatedNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         return *_backward(rows(dy_BLD), *ctx.saved_tensors), None
 

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vchitect_fast.kernels import _check, tiles
 from vchitect_fast.kernels._op import register, rows
@@ -157,6 +158,7 @@ class _BiasGelu(torch.autograd.Function):
         return _forward(x_RD, bias_D)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor, Tensor]:
         return _backward(rows(dy_RD), *ctx.saved_tensors)
 

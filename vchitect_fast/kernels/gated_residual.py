@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vchitect_fast.kernels import _check, tiles
 from vchitect_fast.kernels._op import register, rows
@@ -287,6 +288,7 @@ class _GatedResidual(torch.autograd.Function):
         return _forward(x, branch, gate)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return dy, *_backward(rows(dy), *ctx.saved_tensors)
 
@@ -301,6 +303,7 @@ class _GatedResidualNorm(torch.autograd.Function):
         return y, n
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor, dn: Tensor) -> tuple[Tensor | None, ...]:
         return *_norm_backward(rows(dy), rows(dn), *ctx.saved_tensors), None
 
@@ -321,8 +324,8 @@ def aot_variants() -> list[Variant]:
             statistic, "mean", "rstd"
         )
         constants = {"NORM": norm, "BLOCK_L": tile.block_rows, "BLOCK_D": block_d}
-        strides = ("xb", "xl", "branchb", "branchl", "gateb", "shiftb", "scaleb", "yb", "yl", "nb", "nl")
-        signature |= {f"stride_{name}": "i32:16" for name in strides} | sizes | {"eps": "fp32"}
+        inputs = ("xb", "xl", "branchb", "branchl", "gateb", "shiftb", "scaleb", "yb", "yl", "nb", "nl")
+        signature |= {f"stride_{name}": "i32:16" for name in inputs} | sizes | {"eps": "fp32"}
         variants.append(
             Variant(_forward_kernel, signature, constants, tile.num_warps, f"gated_residual forward {name}")
         )
