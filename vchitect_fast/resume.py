@@ -99,7 +99,10 @@ def run_state(config: TrainConfig, plan: Plan, model: TransformerConfig, clips: 
     decides["clips"] = hashlib.sha256(repr(clips).encode()).hexdigest()[:12]
     decides["compute_dtype"] = plan.compute_dtype
     decides["samples_a_step"] = {entry.shape: [entry.microbatch, entry.accumulation] for entry in plan.entries}
-    return {"model": model.to_dict(), "config": asdict(config), "shape": plan.entries[0].shape, "decides": decides}
+    kept = asdict(config)
+    for name, embedded in (("codec", "dct"), ("text_encoder", "hash")):  # export may run from elsewhere
+        kept[name] = kept[name] if kept[name] == embedded else str(Path(kept[name]).resolve())
+    return {"model": model.to_dict(), "config": kept, "shape": plan.entries[0].shape, "decides": decides}
 
 
 def resume(config: TrainConfig, state: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[int, dict[str, str]]:

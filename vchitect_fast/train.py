@@ -109,7 +109,7 @@ def open_log(config: TrainConfig, done: int) -> Log:
     run = Path(config.out)
     rewind_log(run, done if done else -1)
     config.save(run / "run.yaml")
-    log = Log(run, tensorboard=config.tensorboard, wandb_project=config.wandb_project)
+    log = Log(run, start=done, tensorboard=config.tensorboard, wandb_project=config.wandb_project)
     if not done:
         log.write("start", 0, config=asdict(config))
     return log
@@ -127,7 +127,7 @@ def save(
 def build_model(config: TrainConfig, plan: Plan) -> VchitectTransformer:
     """From SD3, from a folder, or a preset with random weights; in fp32."""
     torch.manual_seed(config.seed)
-    device = this_device().fingerprint()
+    device = this_device()
     if config.init_from_sd3:
         model = VchitectTransformer.init_from_sd3(config.init_from_sd3)
     elif config.model in PRESETS:
