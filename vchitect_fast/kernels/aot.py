@@ -26,6 +26,7 @@ from vchitect_fast.kernels import _check
 OPS = [
     "adaln",
     "bias_gelu",
+    "cross",
     "gated_residual",
 ]
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # CUDA programming guide, per thread block

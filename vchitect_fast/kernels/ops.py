@@ -49,3 +49,14 @@ def bias_gelu(x: Tensor, bias_D: Tensor, *, impl: str) -> Tensor:
     from vchitect_fast.kernels.bias_gelu import bias_gelu as kernel
 
     return kernel(x, bias_D)
+
+
+def cross_attention(
+    q_BTSHC: Tensor, text_q_BTNHC: Tensor, k_BNHC: Tensor, v_BNHC: Tensor, *, impl: str
+) -> tuple[Tensor, Tensor]:
+    """All tokens of a sample attend to its first frame's text; returns the visual and the text rows."""
+    if is_reference(impl):
+        return reference.cross_attention(q_BTSHC, text_q_BTNHC, k_BNHC, v_BNHC)
+    from vchitect_fast.kernels.cross import cross_attention as kernel
+
+    return kernel(q_BTSHC, text_q_BTNHC, k_BNHC, v_BNHC)

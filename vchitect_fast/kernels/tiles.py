@@ -138,3 +138,53 @@ def _temporal_fp32(num_frames: int) -> PackedTile | TiledTile:
     if num_frames <= 32:
         return PackedTile(block=32, pack=1, num_warps=4)
     return TiledTile(block_q=32, block_k=32, num_warps=4, num_stages=1)
+
+
+# ---- attention over keys that do not fit one tile: cross, spatial -----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FlashTile:
+    """A program holds block_queries queries and streams blocks of keys; of dk and dv it is the other way round."""
+
+    block_queries: int
+    block_keys: int
+    num_warps: int
+    num_stages: int
+
+    def blocks(self) -> dict[str, int]:
+        """As constexprs."""
+        return {"BLOCK_M": self.block_queries, "BLOCK_N": self.block_keys}
+
+    def options(self) -> dict[str, int]:
+        """As keyword arguments of a launch."""
+        return self.blocks() | {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+# Not measured. Large tiles that ptxas fits without spills on sm_90 (aot.py); a forward of 4 warps leaves two programs an SM.
+FLASH_TILES = {  # by kernel and head dim, 16-bit
+    ("forward", 64): FlashTile(128, 64, num_warps=4, num_stages=3),
+    ("forward", 128): FlashTile(128, 64, num_warps=8, num_stages=3),
+    ("dq", 64): FlashTile(64, 64, num_warps=4, num_stages=3),
+    ("dq", 128): FlashTile(64, 64, num_warps=4, num_stages=2),
+    ("dkv", 64): FlashTile(64, 128, num_warps=8, num_stages=2),
+    ("dkv", 128): FlashTile(32, 128, num_warps=8, num_stages=2),
+}
+# Not measured. fp32 multiplies outside the tensor cores with its operands in registers; larger tiles spill at C = 64, all
+# spill at C = 128.
+FLASH_TILES_FP32 = {
+    "forward": FlashTile(32, 32, num_warps=4, num_stages=1),
+    "dq": FlashTile(16, 16, num_warps=8, num_stages=1),
+    "dkv": FlashTile(16, 16, num_warps=8, num_stages=1),
+}
+CROSS_PROGRAMS = 1056  # of cross dk, dv, at least: 8 for each of the 132 SMs of an H100; not measured
+
+
+def flash(kernel: str, head_dim: int, element_bytes: int) -> FlashTile:
+    """The tile of a kernel ("forward", "dq" or "dkv") of cross and spatial."""
+    return FLASH_TILES_FP32[kernel] if element_bytes == 4 else FLASH_TILES[kernel, head_dim]
+
+
+def cross_chunks(num_programs: int, num_blocks: int) -> int:
+    """Into how many chunks num_blocks blocks of queries are cut, where every chunk takes num_programs programs."""
+    return min(num_blocks, -(-CROSS_PROGRAMS // num_programs))
