@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class Variant:
     """One compilation of a kernel; a type is Triton's, with ":16" behind it where the value is a multiple of 16."""
 
     kernel: Any
-    signature: dict[str, str | tuple[str, ...]]  # of every argument that is not a constexpr; a tuple for a tuple
+    signature: Mapping[str, str | tuple[str, ...]]  # of every argument that is not a constexpr; a tuple for a tuple
     constexprs: dict[str, Any]
     num_warps: int
     label: str
