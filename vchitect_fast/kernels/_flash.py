@@ -150,9 +150,9 @@ def forward_keys(
     scale,
     TAIL: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
 ):
     """forward_step over all keys of one source at (b, t, h): full blocks without a mask, then a tail of TAIL keys."""
+    HEAD_DIM: tl.constexpr = q.shape[1]
     full = num_keys // BLOCK_N * BLOCK_N
     for first in range(0, full, BLOCK_N):
         key = first + tl.arange(0, BLOCK_N)
@@ -183,9 +183,9 @@ def dq_keys(
     scale,
     TAIL: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
 ):
     """dq_step over all keys of one source, as forward_keys."""
+    HEAD_DIM: tl.constexpr = q.shape[1]
     full = num_keys // BLOCK_N * BLOCK_N
     for first in range(0, full, BLOCK_N):
         key = first + tl.arange(0, BLOCK_N)
@@ -220,12 +220,12 @@ def dkv_queries(
     FLAT: tl.constexpr,
     TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
 ):
     """dkv_step over the query rows [begin, end) of one source, begin a multiple of BLOCK_M; blocks, then a tail.
 
     lse_ptr and delta_ptr point to row 0. No rows, or none left for the tail, run it on nothing: it adds 0.
     """
+    HEAD_DIM: tl.constexpr = k.shape[1]
     end = tl.maximum(begin, end)
     full = end // BLOCK_M * BLOCK_M
     for first in range(begin, full, BLOCK_M):

@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vchitect_fast.errors import UserError
 from vchitect_fast.kernels import _check, tiles
@@ -91,9 +92,7 @@ def _forward_kernel(
     acc = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    acc, row_max, row_sum = forward_keys(
-        query, k, v, acc, row_max, row_sum, b, 0, h, num_text, scale, TAIL, BLOCK_N, HEAD_DIM
-    )
+    acc, row_max, row_sum = forward_keys(query, k, v, acc, row_max, row_sum, b, 0, h, num_text, scale, TAIL, BLOCK_N)
     acc = acc / row_sum[:, None]
     if is_visual:
         store_rows(out, acc, b, 0, h, row, num_rows, rows_per_frame, False, FLAT, HEAD_DIM)
@@ -143,7 +142,7 @@ def _dq_kernel(
     tl.store(delta_ptr + statistic + row, delta, mask=row < num_rows)
     lse = tl.load(lse_ptr + statistic + row, mask=row < num_rows, other=float("inf"))
     grad = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
-    grad = dq_keys(query, do, k, v, lse, delta, grad, b, 0, h, num_text, scale, TAIL, BLOCK_N, HEAD_DIM) * dscale
+    grad = dq_keys(query, do, k, v, lse, delta, grad, b, 0, h, num_text, scale, TAIL, BLOCK_N) * dscale
     if is_visual:
         store_rows(dq, grad, b, 0, h, row, num_rows, rows_per_frame, False, FLAT, HEAD_DIM)
     else:
@@ -188,59 +187,43 @@ def _dkv_kernel(
     chunk, bh = (pid // key_blocks % num_chunks).to(tl.int64), (pid // (key_blocks * num_chunks)).to(tl.int64)
     b, h = bh // num_heads, bh % num_heads
     key = pid % key_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    k_tile = load_rows(k, b, 0, h, key, num_text, 1, True, True, HEAD_DIM)
-    v_tile = load_rows(v, b, 0, h, key, num_text, 1, True, True, HEAD_DIM)
-    dk_tile = tl.zeros((BLOCK_N, HEAD_DIM), tl.float32)
-    dv_tile = tl.zeros((BLOCK_N, HEAD_DIM), tl.float32)
-
+    keys = load_rows(k, b, 0, h, key, num_text, 1, True, True, HEAD_DIM)
+    values = load_rows(v, b, 0, h, key, num_text, 1, True, True, HEAD_DIM)
+    dk = tl.zeros((BLOCK_N, HEAD_DIM), tl.float32)
+    dv = tl.zeros((BLOCK_N, HEAD_DIM), tl.float32)
+    lse = lse_ptr + bh * (visual_rows + text_rows)
+    delta = delta_ptr + bh * (visual_rows + text_rows)
     begin = chunk.to(tl.int32) * rows_per_chunk
-    end = begin + rows_per_chunk
-    lse_ptr += bh * (visual_rows + text_rows)
-    delta_ptr += bh * (visual_rows + text_rows)
-    dk_tile, dv_tile = dkv_queries(
-        k_tile,
-        v_tile,
-        dk_tile,
-        dv_tile,
-        q,
-        dout,
-        lse_ptr,
-        delta_ptr,
+    end = tl.minimum(begin + rows_per_chunk, visual_rows)
+    dk, dv = dkv_queries(
+        keys, values, dk, dv, q, dout, lse, delta, b, 0, h, begin, end, num_visual, scale, FLAT, VISUAL_TAIL, BLOCK_M
+    )
+    end = tl.minimum(begin + rows_per_chunk - padded, text_rows)
+    begin = tl.maximum(begin - padded, 0)
+    lse += visual_rows
+    delta += visual_rows
+    dk, dv = dkv_queries(
+        keys,
+        values,
+        dk,
+        dv,
+        text_q,
+        dtext_out,
+        lse,
+        delta,
         b,
         0,
         h,
         begin,
-        tl.minimum(end, visual_rows),
-        num_visual,
-        scale,
-        FLAT,
-        VISUAL_TAIL,
-        BLOCK_M,
-        HEAD_DIM,
-    )
-    dk_tile, dv_tile = dkv_queries(
-        k_tile,
-        v_tile,
-        dk_tile,
-        dv_tile,
-        text_q,
-        dtext_out,
-        lse_ptr + visual_rows,
-        delta_ptr + visual_rows,
-        b,
-        0,
-        h,
-        tl.maximum(begin - padded, 0),
-        tl.minimum(end - padded, text_rows),
+        end,
         num_text,
         scale,
         FLAT,
         TEXT_TAIL,
         BLOCK_M,
-        HEAD_DIM,
     )
-    store_rows(partial_dk, dk_tile * dscale, b, chunk, h, key, num_text, 1, False, True, HEAD_DIM)
-    store_rows(partial_dv, dv_tile, b, chunk, h, key, num_text, 1, False, True, HEAD_DIM)
+    store_rows(partial_dk, dk * dscale, b, chunk, h, key, num_text, 1, False, True, HEAD_DIM)
+    store_rows(partial_dv, dv, b, chunk, h, key, num_text, 1, False, True, HEAD_DIM)
 
 
 def launch_forward(q: Tensor, text_q: Tensor, k: Tensor, v: Tensor, out: Tensor, text_out: Tensor) -> Tensor:
@@ -354,6 +337,7 @@ class _Cross(torch.autograd.Function):
         return out, text_out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor, dtext_out: Tensor) -> Tensors:
         return _backward(rows(dout), rows(dtext_out), *ctx.saved_tensors)
 
