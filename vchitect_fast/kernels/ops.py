@@ -60,3 +60,14 @@ def cross_attention(
     from vchitect_fast.kernels.cross import cross_attention as kernel
 
     return kernel(q_BTSHC, text_q_BTNHC, k_BNHC, v_BNHC)
+
+
+def temporal_attention(
+    visual: reference.QKV, text: reference.QKV, *, rope_scaling_factor: float = 1.0, impl: str
+) -> tuple[Tensor, Tensor]:
+    """Attention over the T frames at each position, rotary on q and k; returns the visual and the text rows."""
+    if is_reference(impl):
+        return reference.temporal_attention(visual, text, rope_scaling_factor=rope_scaling_factor)
+    from vchitect_fast.kernels.temporal import temporal_attention as kernel
+
+    return kernel(visual, text, rope_scaling_factor=rope_scaling_factor)

@@ -99,45 +99,47 @@ class TiledTile:
     num_stages: int
 
 
-def temporal_forward(num_frames: int, element_bytes: int) -> PackedTile | TiledTile:
-    """By T; the rows are those of a sketch of this kernel measured in bf16 at C = 64 on one H100."""
+def temporal_forward(num_frames: int, head_dim: int, element_bytes: int) -> PackedTile | TiledTile:
+    """By T. Times are of a sketch of this kernel in bf16 at C = 64 on one H100; what has none is not measured.
+
+    At C = 128 and in fp32 there are as many warps as it takes to spill nothing on sm_90.
+    """
     if element_bytes == 4:
         return _temporal_fp32(num_frames)
     if num_frames <= 16:
         return PackedTile(block=16, pack=1, num_warps=1)  # T=16: 0.28 ms
-    if num_frames < 32:
+    if num_frames < 32 or (num_frames == 32 and head_dim > 64):
         return PackedTile(block=64, pack=2, num_warps=4)  # T=24: 0.13 ms
     if num_frames == 32:
         return PackedTile(block=32, pack=1, num_warps=1)  # 0.10 ms
     if num_frames <= 64:
         return PackedTile(block=64, pack=1, num_warps=4)  # T=40: 0.37 ms (0.48 packed in 128 rows); T=64: 0.34 ms
     if num_frames <= 128:
-        return PackedTile(block=128, pack=1, num_warps=4)  # T=80: 0.65 ms; T=128: 0.42 ms
-    return TiledTile(block_q=64, block_k=64, num_warps=4, num_stages=1)  # not measured
+        return PackedTile(block=128, pack=1, num_warps=4 if head_dim == 64 else 8)  # T=80: 0.65 ms; T=128: 0.42 ms
+    return TiledTile(block_q=64, block_k=64, num_warps=4, num_stages=1)
 
 
-def temporal_backward(num_frames: int, element_bytes: int) -> PackedTile | TiledTile:
+def temporal_backward(num_frames: int, head_dim: int, element_bytes: int) -> PackedTile | TiledTile:
     """As temporal_forward."""
+    narrow = head_dim == 64
     if element_bytes == 4:
         return _temporal_fp32(num_frames)
     if num_frames <= 16:
-        return PackedTile(block=16, pack=1, num_warps=1)  # T=16: 0.61 ms
+        return PackedTile(block=16, pack=1, num_warps=1 if narrow else 4)  # T=16: 0.61 ms
     if num_frames <= 32:
-        return PackedTile(block=64, pack=2, num_warps=4)  # T=24: 0.26 ms; T=32: 0.22 ms
+        return PackedTile(block=64, pack=2, num_warps=4 if narrow else 8)  # T=24: 0.26 ms; T=32: 0.22 ms
     if num_frames <= 64:
-        return PackedTile(block=64, pack=1, num_warps=4)  # T=40: 0.97 ms; T=64: 0.76 ms
-    if num_frames <= 128:
+        return PackedTile(block=64, pack=1, num_warps=4 if narrow else 8)  # T=40: 0.97 ms; T=64: 0.76 ms
+    if num_frames <= 128 and narrow:
         return PackedTile(block=128, pack=1, num_warps=8)  # T=80: 1.47 ms; T=128: 1.10 ms
-    return TiledTile(block_q=64, block_k=64, num_warps=4, num_stages=1)  # not measured
+    return TiledTile(block_q=64, block_k=64, num_warps=4 if narrow else 8, num_stages=1)
 
 
 def _temporal_fp32(num_frames: int) -> PackedTile | TiledTile:
-    """Not measured: products in fp32 run outside the tensor cores and hold their operands in registers."""
+    """Products in fp32 run outside the tensor cores and hold their operands in registers: small tiles, many warps."""
     if num_frames <= 16:
         return PackedTile(block=16, pack=1, num_warps=4)
-    if num_frames <= 32:
-        return PackedTile(block=32, pack=1, num_warps=4)
-    return TiledTile(block_q=32, block_k=32, num_warps=4, num_stages=1)
+    return TiledTile(block_q=16, block_k=16, num_warps=8, num_stages=1)
 
 
 # ---- attention over keys that do not fit one tile: cross, spatial -----------------------------------------------------
