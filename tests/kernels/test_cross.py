@@ -67,7 +67,7 @@ def test_matches_definition(shape: Shape, dtype: torch.dtype, device: torch.devi
     check(shape, dtype, device)
 
 
-@pytest.mark.parametrize("num_programs", [1, 2, 3, 4])  # 2 + 3 blocks of queries: chunks of 5, 3, 2 and 2
+@pytest.mark.parametrize("num_programs", [1, 2, 3])  # 1 + 2 full blocks of queries and two tails: chunks of 3, 2, 1
 def test_chunks_of_queries_add_up(num_programs: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "CROSS_PROGRAMS", num_programs)
     check((1, 2, 35, 83, 1, 64), torch.float16, device)

@@ -76,6 +76,27 @@ def _pointers(source, b, t, h, row, rows_per_frame, FLAT: tl.constexpr, HEAD_DIM
 
 
 @triton.jit
+def at(source, b, t, h):
+    """The source that begins at (b, t, h): its rows are those of (0, 0, 0)."""
+    return source[0] + b * source[1] + t * source[2] + h * source[4], 0, source[2], source[3], 0
+
+
+@triton.jit
+def one_of(is_first, first, second):
+    """One of two sources that `at` returned."""
+    stride_t, stride_f = tl.where(is_first, first[2], second[2]), tl.where(is_first, first[3], second[3])
+    return tl.where(is_first, first[0], second[0]), 0, stride_t, stride_f, 0
+
+
+@triton.jit
+def looped_block(block, num_visual_blocks, visual, text, more, more_text, BLOCK: tl.constexpr):
+    """Block `block` of one loop over two sources, visual first: whether it is visual, its rows, and its two tensors."""
+    is_visual = block < num_visual_blocks
+    row = tl.where(is_visual, block, block - num_visual_blocks) * BLOCK + tl.arange(0, BLOCK)
+    return is_visual, row, one_of(is_visual, visual, text), one_of(is_visual, more, more_text)
+
+
+@triton.jit
 def load_rows(
     source, b, t, h, row, num_rows, rows_per_frame, MASKED: tl.constexpr, FLAT: tl.constexpr, HEAD_DIM: tl.constexpr
 ):
@@ -136,31 +157,13 @@ def dkv_step(k, v, q, do, lse, delta, dk, dv, scale):
 
 
 @triton.jit
-def forward_keys(
-    q,
-    k_source,
-    v_source,
-    acc,
-    row_max,
-    row_sum,
-    b,
-    t,
-    h,
-    num_keys,
-    scale,
-    TAIL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+def forward_tail(
+    q, k_source, v_source, acc, row_max, row_sum, b, t, h, num_keys, scale, TAIL: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """forward_step over all keys of one source at (b, t, h): full blocks without a mask, then a tail of TAIL keys."""
+    """forward_step over the TAIL keys behind the last full block of one source at (b, t, h)."""
     HEAD_DIM: tl.constexpr = q.shape[1]
-    full = num_keys // BLOCK_N * BLOCK_N
-    for first in range(0, full, BLOCK_N):
-        key = first + tl.arange(0, BLOCK_N)
-        k = load_rows(k_source, b, t, h, key, num_keys, 1, False, True, HEAD_DIM)
-        v = load_rows(v_source, b, t, h, key, num_keys, 1, False, True, HEAD_DIM)
-        acc, row_max, row_sum = forward_step(q, k, v, acc, row_max, row_sum, scale, True, False)
     if TAIL > 0:
-        key = full + tl.arange(0, TAIL)
+        key = num_keys // BLOCK_N * BLOCK_N + tl.arange(0, TAIL)
         k = load_rows(k_source, b, t, h, key, num_keys, 1, True, True, HEAD_DIM)
         v = load_rows(v_source, b, t, h, key, num_keys, 1, True, True, HEAD_DIM)
         acc, row_max, row_sum = forward_step(q, k, v, acc, row_max, row_sum, scale, key < num_keys, True)
@@ -168,32 +171,13 @@ def forward_keys(
 
 
 @triton.jit
-def dq_keys(
-    q,
-    do,
-    k_source,
-    v_source,
-    lse,
-    delta,
-    dq,
-    b,
-    t,
-    h,
-    num_keys,
-    scale,
-    TAIL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+def dq_tail(
+    q, do, k_source, v_source, lse, delta, dq, b, t, h, num_keys, scale, TAIL: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """dq_step over all keys of one source, as forward_keys."""
+    """dq_step over the TAIL keys behind the last full block of one source at (b, t, h)."""
     HEAD_DIM: tl.constexpr = q.shape[1]
-    full = num_keys // BLOCK_N * BLOCK_N
-    for first in range(0, full, BLOCK_N):
-        key = first + tl.arange(0, BLOCK_N)
-        k = load_rows(k_source, b, t, h, key, num_keys, 1, False, True, HEAD_DIM)
-        v = load_rows(v_source, b, t, h, key, num_keys, 1, False, True, HEAD_DIM)
-        dq = dq_step(q, do, k, v, lse, delta, dq, scale, True, False)
     if TAIL > 0:
-        key = full + tl.arange(0, TAIL)
+        key = num_keys // BLOCK_N * BLOCK_N + tl.arange(0, TAIL)
         k = load_rows(k_source, b, t, h, key, num_keys, 1, True, True, HEAD_DIM)
         v = load_rows(v_source, b, t, h, key, num_keys, 1, True, True, HEAD_DIM)
         dq = dq_step(q, do, k, v, lse, delta, dq, scale, key < num_keys, True)
@@ -201,7 +185,7 @@ def dq_keys(
 
 
 @triton.jit
-def dkv_queries(
+def dkv_tail(
     k,
     v,
     dk,
@@ -213,7 +197,6 @@ def dkv_queries(
     b,
     t,
     h,
-    begin,
     end,
     rows_per_frame,
     scale,
@@ -221,20 +204,13 @@ def dkv_queries(
     TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """dkv_step over the query rows [begin, end) of one source, begin a multiple of BLOCK_M; blocks, then a tail.
+    """dkv_step over the TAIL queries behind the last full block before row `end` of one source.
 
-    lse_ptr and delta_ptr point to row 0. No rows, or none left for the tail, run it on nothing: it adds 0.
+    lse_ptr and delta_ptr point to row 0. Where no row is left it adds 0.
     """
     HEAD_DIM: tl.constexpr = k.shape[1]
-    end = tl.maximum(begin, end)
-    full = end // BLOCK_M * BLOCK_M
-    for first in range(begin, full, BLOCK_M):
-        row = first + tl.arange(0, BLOCK_M)
-        q = load_rows(q_source, b, t, h, row, end, rows_per_frame, False, FLAT, HEAD_DIM)
-        do = load_rows(do_source, b, t, h, row, end, rows_per_frame, False, FLAT, HEAD_DIM)
-        dk, dv = dkv_step(k, v, q, do, tl.load(lse_ptr + row), tl.load(delta_ptr + row), dk, dv, scale)
     if TAIL > 0:
-        row = full + tl.arange(0, TAIL)
+        row = end // BLOCK_M * BLOCK_M + tl.arange(0, TAIL)
         q = load_rows(q_source, b, t, h, row, end, rows_per_frame, True, FLAT, HEAD_DIM)
         do = load_rows(do_source, b, t, h, row, end, rows_per_frame, True, FLAT, HEAD_DIM)
         lse = tl.load(lse_ptr + row, mask=row < end, other=float("inf"))

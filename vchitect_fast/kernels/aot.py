@@ -28,6 +28,7 @@ OPS = [
     "bias_gelu",
     "cross",
     "gated_residual",
+    "spatial",
     "temporal",
 ]
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # CUDA programming guide, per thread block

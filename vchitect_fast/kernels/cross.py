@@ -30,12 +30,17 @@ from vchitect_fast.errors import UserError
 from vchitect_fast.kernels import _check, tiles
 from vchitect_fast.kernels._flash import (
     HEAD_DIMS,
-    dkv_queries,
-    dq_keys,
-    forward_keys,
+    at,
+    dkv_step,
+    dkv_tail,
+    dq_step,
+    dq_tail,
+    forward_step,
+    forward_tail,
     is_flat,
     load_gradients,
     load_rows,
+    looped_block,
     softmax_scales,
     source,
     store_rows,
@@ -92,7 +97,12 @@ def _forward_kernel(
     acc = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    acc, row_max, row_sum = forward_keys(query, k, v, acc, row_max, row_sum, b, 0, h, num_text, scale, TAIL, BLOCK_N)
+    for start in range(0, num_text // BLOCK_N * BLOCK_N, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        keys = load_rows(k, b, 0, h, key, num_text, 1, False, True, HEAD_DIM)
+        values = load_rows(v, b, 0, h, key, num_text, 1, False, True, HEAD_DIM)
+        acc, row_max, row_sum = forward_step(query, keys, values, acc, row_max, row_sum, scale, True, False)
+    acc, row_max, row_sum = forward_tail(query, k, v, acc, row_max, row_sum, b, 0, h, num_text, scale, TAIL, BLOCK_N)
     acc = acc / row_sum[:, None]
     if is_visual:
         store_rows(out, acc, b, 0, h, row, num_rows, rows_per_frame, False, FLAT, HEAD_DIM)
@@ -142,7 +152,12 @@ def _dq_kernel(
     tl.store(delta_ptr + statistic + row, delta, mask=row < num_rows)
     lse = tl.load(lse_ptr + statistic + row, mask=row < num_rows, other=float("inf"))
     grad = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
-    grad = dq_keys(query, do, k, v, lse, delta, grad, b, 0, h, num_text, scale, TAIL, BLOCK_N) * dscale
+    for start in range(0, num_text // BLOCK_N * BLOCK_N, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        keys = load_rows(k, b, 0, h, key, num_text, 1, False, True, HEAD_DIM)
+        values = load_rows(v, b, 0, h, key, num_text, 1, False, True, HEAD_DIM)
+        grad = dq_step(query, do, keys, values, lse, delta, grad, scale, True, False)
+    grad = dq_tail(query, do, k, v, lse, delta, grad, b, 0, h, num_text, scale, TAIL, BLOCK_N) * dscale
     if is_visual:
         store_rows(dq, grad, b, 0, h, row, num_rows, rows_per_frame, False, FLAT, HEAD_DIM)
     else:
@@ -168,7 +183,7 @@ def _dkv_kernel(
     num_visual,
     num_text,
     num_chunks,
-    rows_per_chunk,
+    num_chunk_blocks,
     FLAT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VISUAL_TAIL: tl.constexpr,
@@ -176,12 +191,12 @@ def _dkv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Partial sums dk, dv [B, chunk, N, H, C] of one block of keys over one chunk of queries.
+    """Partial sums dk, dv [B, chunk, N, H, C] of one block of keys over one chunk of the full blocks of queries.
 
-    The chunks cut the visual rows, padded to a multiple of BLOCK_M, and the text rows behind them.
+    Visual blocks come first, then text; the last chunk also has what is left of both sources.
     """
     visual_rows, text_rows = num_frames * num_visual, num_frames * num_text
-    padded = tl.cdiv(visual_rows, BLOCK_M) * BLOCK_M
+    visual_blocks, text_blocks = visual_rows // BLOCK_M, text_rows // BLOCK_M
     key_blocks = tl.cdiv(num_text, BLOCK_N)
     pid = tl.program_id(0)
     chunk, bh = (pid // key_blocks % num_chunks).to(tl.int64), (pid // (key_blocks * num_chunks)).to(tl.int64)
@@ -193,34 +208,25 @@ def _dkv_kernel(
     dv = tl.zeros((BLOCK_N, HEAD_DIM), tl.float32)
     lse = lse_ptr + bh * (visual_rows + text_rows)
     delta = delta_ptr + bh * (visual_rows + text_rows)
-    begin = chunk.to(tl.int32) * rows_per_chunk
-    end = tl.minimum(begin + rows_per_chunk, visual_rows)
-    dk, dv = dkv_queries(
-        keys, values, dk, dv, q, dout, lse, delta, b, 0, h, begin, end, num_visual, scale, FLAT, VISUAL_TAIL, BLOCK_M
+    q, text_q, dout, dtext_out = at(q, b, 0, h), at(text_q, b, 0, h), at(dout, b, 0, h), at(dtext_out, b, 0, h)
+    begin = chunk.to(tl.int32) * num_chunk_blocks
+    for block in range(begin, tl.minimum(begin + num_chunk_blocks, visual_blocks + text_blocks)):
+        is_visual, row, qs, dos = looped_block(block, visual_blocks, q, text_q, dout, dtext_out, BLOCK_M)
+        rows_per_frame = tl.where(is_visual, num_visual, num_text)
+        query = load_rows(qs, 0, 0, 0, row, 0, rows_per_frame, False, FLAT, HEAD_DIM)
+        do = load_rows(dos, 0, 0, 0, row, 0, rows_per_frame, False, FLAT, HEAD_DIM)
+        row += tl.where(is_visual, 0, visual_rows)
+        dk, dv = dkv_step(keys, values, query, do, tl.load(lse + row), tl.load(delta + row), dk, dv, scale)
+    is_last = chunk == num_chunks - 1
+    end = tl.where(is_last, visual_rows, 0)
+    dk, dv = dkv_tail(
+        keys, values, dk, dv, q, dout, lse, delta, 0, 0, 0, end, num_visual, scale, FLAT, VISUAL_TAIL, BLOCK_M
     )
-    end = tl.minimum(begin + rows_per_chunk - padded, text_rows)
-    begin = tl.maximum(begin - padded, 0)
+    end = tl.where(is_last, text_rows, 0)
     lse += visual_rows
     delta += visual_rows
-    dk, dv = dkv_queries(
-        keys,
-        values,
-        dk,
-        dv,
-        text_q,
-        dtext_out,
-        lse,
-        delta,
-        b,
-        0,
-        h,
-        begin,
-        end,
-        num_text,
-        scale,
-        FLAT,
-        TEXT_TAIL,
-        BLOCK_M,
+    dk, dv = dkv_tail(
+        keys, values, dk, dv, text_q, dtext_out, lse, delta, 0, 0, 0, end, num_text, scale, FLAT, TEXT_TAIL, BLOCK_M
     )
     store_rows(partial_dk, dk * dscale, b, chunk, h, key, num_text, 1, False, True, HEAD_DIM)
     store_rows(partial_dv, dv, b, chunk, h, key, num_text, 1, False, True, HEAD_DIM)
@@ -274,15 +280,15 @@ def launch_backward(douts: Tensors, saved: Tensors, gradients: Tensors, *, add_t
     )
     tile = tiles.flash("dkv", C, q.element_size())
     key_blocks = triton.cdiv(N, tile.block_keys)
-    num_blocks = triton.cdiv(T * S, tile.block_queries) + triton.cdiv(T * N, tile.block_queries)
-    blocks_per_chunk = triton.cdiv(num_blocks, tiles.cross_chunks(B * H * key_blocks, num_blocks))
-    num_chunks = triton.cdiv(num_blocks, blocks_per_chunk)
+    num_blocks = max(1, T * S // tile.block_queries + T * N // tile.block_queries)
+    num_chunk_blocks = triton.cdiv(num_blocks, tiles.cross_chunks(B * H * key_blocks, num_blocks))
+    num_chunks = triton.cdiv(num_blocks, num_chunk_blocks)
     partial = torch.empty(2, B, num_chunks, N, H, C, dtype=torch.float32, device=q.device)
     _dkv_kernel[(B * H * key_blocks * num_chunks,)](
         *(source(x) for x in (q, text_q, k, v, dout, dtext_out, partial[0], partial[1])),
         *(lse, delta),
         *scales,
-        *(H, T, S, N, num_chunks, blocks_per_chunk * tile.block_queries),
+        *(H, T, S, N, num_chunks, num_chunk_blocks),
         FLAT=flat,
         HEAD_DIM=C,
         VISUAL_TAIL=tail_of(T * S, tile.block_queries),

@@ -71,3 +71,12 @@ def temporal_attention(
     from vchitect_fast.kernels.temporal import temporal_attention as kernel
 
     return kernel(visual, text, rope_scaling_factor=rope_scaling_factor)
+
+
+def spatial_attention(visual: reference.QKV, text: reference.QKV, *, impl: str) -> tuple[Tensor, Tensor]:
+    """Full attention within each frame over two sources, each its q, k, v; returns the visual and the text rows."""
+    if is_reference(impl):
+        return reference.spatial_attention(visual, text)
+    from vchitect_fast.kernels.spatial import spatial_attention as kernel
+
+    return kernel(visual, text)
