@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vchitect_fast.architecture import TransformerConfig
-from vchitect_fast.errors import UserError
+from vchitect_fast.errors import UserError, unknown_name
 from vchitect_fast.model import weights
 from vchitect_fast.model.blocks import AdaLN, Block, Branches, modulate
 from vchitect_fast.model.embed import PatchEmbed, TimeTextEmbed
+from vchitect_fast.model.fused import fused_block
 from vchitect_fast.plan import KEEP, Policy
 
 ALL_BRANCHES = Branches()
@@ -50,6 +52,8 @@ class VchitectTransformer(nn.Module):
         self.proj_out = nn.Linear(D, config.patch_size**2 * config.out_channels)
         self.policy: tuple[Policy, ...] = (Policy.keep(),) * L
         self.attention_backend = dict(SDPA)
+        self.kernels: str | None = None
+        self._branches = branches
         self._initialise()
 
     def _initialise(self) -> None:
@@ -78,6 +82,16 @@ class VchitectTransformer(nn.Module):
                 )
         self.policy = tuple(policy)
 
+    def set_kernels(self, impl: str | None) -> None:
+        """Who computes a block: None = the plain modules of blocks.py, "triton" or "reference" = fused.py on those ops."""
+        if impl not in (None, "triton", "reference"):
+            raise unknown_name("kernels", str(impl), ("triton", "reference"))
+        if impl and self._branches != ALL_BRANCHES:
+            raise UserError(
+                f"the fused block computes all three branches, got {self._branches}; ablate without set_kernels."
+            )
+        self.kernels = impl
+
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor, timestep: Tensor
     ) -> Tensor:
@@ -98,13 +112,15 @@ class VchitectTransformer(nn.Module):
         text = self.context_embedder(encoder_hidden_states.to(dtype))
         c: Tensor | None = text[:, None].expand(-1, T, -1, -1)  # the text stream is per frame from here on
         for block, policy in zip(self.transformer_blocks, self.policy, strict=True):
+            if self.kernels:
+                run = partial(fused_block, block, impl=self.kernels)
+            else:
+                run = partial(block, backend=self.attention_backend)
             if policy.qkv == KEEP or not torch.is_grad_enabled():
-                x, c = block(x, c, temb, self.attention_backend)
+                x, c = run(x, c, temb)
             else:
                 # Nothing in a block draws random numbers, so there is no generator state to restore.
-                x, c = checkpoint(
-                    block, x, c, temb, self.attention_backend, use_reentrant=False, preserve_rng_state=False
-                )
+                x, c = checkpoint(run, x, c, temb, use_reentrant=False, preserve_rng_state=False)
         scale, shift = self.norm_out(temb)
         return self._unpatchify(self.proj_out(modulate(x, shift, scale)), h, w)
 
