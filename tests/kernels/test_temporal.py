@@ -153,15 +153,18 @@ def test_expanded_text_is_read_in_place(device: torch.device) -> None:
     assert all(map(torch.equal, run(op, expanded, douts), run(op, [x.contiguous() for x in expanded], douts)))
 
 
-@pytest.mark.parametrize("num_frames", [18, 130])
-def test_writes_into_slots_of_given_buffers(num_frames: int, device: torch.device) -> None:
+@pytest.mark.parametrize(("num_frames", "num_heads"), [(18, 3), (130, 1)])  # 3: the last tile has room for a fourth
+def test_writes_into_slots_of_given_buffers(num_frames: int, num_heads: int, device: torch.device) -> None:
     from vchitect_fast.kernels.temporal import launch_backward, launch_forward
 
-    inputs, douts = draw((1, num_frames, 1, 1, 1, 64), torch.float16, device)
+    inputs, douts = draw((1, num_frames, 1, 1, num_heads, 64), torch.float16, device)
     visual, text = tuple(inputs[:3]), tuple(inputs[3:])
     out, text_out, *gradients = run(op, inputs, douts)
-    buffers = [torch.full((*x.shape[:-2], 3, *x.shape[-2:]), 0.5, dtype=x.dtype, device=device) for x in inputs]
-    slots = [x[..., 1, :, :] for x in buffers]
+    buffers, slots = [], []  # room for one frame and one head more than is given, and for the neighbours of the slot
+    for x in inputs:
+        B, T, J, H, C = x.shape
+        buffers.append(torch.full((B, T + 1, J, 3, H + 1, C), 0.5, dtype=x.dtype, device=device))
+        slots.append(buffers[-1][:, :T, :, 1, :H])
     launch_forward(visual, text, FACTOR, slots[0], slots[3])
     assert torch.equal(slots[0], out) and torch.equal(slots[3], text_out)
     launch_backward(douts[0], douts[1], visual, text, FACTOR, tuple(slots[:3]), tuple(slots[3:]))
@@ -170,7 +173,9 @@ def test_writes_into_slots_of_given_buffers(num_frames: int, device: torch.devic
     assert all(map(torch.equal, slots[:3], gradients[:3]))
     for slot, gradient in zip(slots[3:], gradients[3:], strict=True):
         assert_close_to_exact(slot, 2 * gradient.double(), 2 * gradient, reduced=2)
-    assert all((x[..., (0, 2), :, :] == 0.5).all() for x in buffers)
+    for buffer, slot in zip(buffers, slots, strict=True):
+        slot.fill_(0.5)
+        assert (buffer == 0.5).all()  # nothing but the slot was written
 
 
 @pytest.mark.parametrize("num_frames", [18, 130])

@@ -101,7 +101,7 @@ def tiled_backward_kernel(
             row_max, row_sum, dot_sum = _statistics_step(
                 q, k, v, do, row_max, row_sum, dot_sum, scale, keys < num_frames
             )
-        lse = tl.where(frames < num_frames, row_max + tl.log2(row_sum), float("inf"))  # padding: p = 0
+        lse = row_max + tl.log2(row_sum)  # finite in padding too, where do = 0 and nothing is added
         delta = dot_sum / row_sum
         all_lse = tl.where(block == i, lse[None, :], all_lse)
         all_delta = tl.where(block == i, delta[None, :], all_delta)
