@@ -54,7 +54,10 @@ def is_flat(*tensors: Tensor) -> bool:
 
 
 def tail_of(length: int, block: int) -> int:
-    """Width of the tile behind the last full block of `length`: 0, or a power of two from 16 up to `block`."""
+    """Width of the tile behind the last full block of `length`: 0, or a power of two from 16 up to `block`.
+
+    Kernels run it before their loop: behind it, ptxas serializes all wgmma of the loop (its warning C7515).
+    """
     rest = length % block
     return max(16, triton.next_power_of_2(rest)) if rest else 0
 

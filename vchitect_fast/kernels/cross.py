@@ -97,12 +97,12 @@ def _forward_kernel(
     acc = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    acc, row_max, row_sum = forward_tail(query, k, v, acc, row_max, row_sum, b, 0, h, num_text, scale, TAIL, BLOCK_N)
     for start in range(0, num_text // BLOCK_N * BLOCK_N, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         keys = load_rows(k, b, 0, h, key, num_text, 1, False, True, HEAD_DIM)
         values = load_rows(v, b, 0, h, key, num_text, 1, False, True, HEAD_DIM)
         acc, row_max, row_sum = forward_step(query, keys, values, acc, row_max, row_sum, scale, True, False)
-    acc, row_max, row_sum = forward_tail(query, k, v, acc, row_max, row_sum, b, 0, h, num_text, scale, TAIL, BLOCK_N)
     acc = acc / row_sum[:, None]
     if is_visual:
         store_rows(out, acc, b, 0, h, row, num_rows, rows_per_frame, False, FLAT, HEAD_DIM)
@@ -152,12 +152,13 @@ def _dq_kernel(
     tl.store(delta_ptr + statistic + row, delta, mask=row < num_rows)
     lse = tl.load(lse_ptr + statistic + row, mask=row < num_rows, other=float("inf"))
     grad = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
+    grad = dq_tail(query, do, k, v, lse, delta, grad, b, 0, h, num_text, scale, TAIL, BLOCK_N)
     for start in range(0, num_text // BLOCK_N * BLOCK_N, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         keys = load_rows(k, b, 0, h, key, num_text, 1, False, True, HEAD_DIM)
         values = load_rows(v, b, 0, h, key, num_text, 1, False, True, HEAD_DIM)
         grad = dq_step(query, do, keys, values, lse, delta, grad, scale, True, False)
-    grad = dq_tail(query, do, k, v, lse, delta, grad, b, 0, h, num_text, scale, TAIL, BLOCK_N) * dscale
+    grad *= dscale
     if is_visual:
         store_rows(dq, grad, b, 0, h, row, num_rows, rows_per_frame, False, FLAT, HEAD_DIM)
     else:
@@ -209,6 +210,31 @@ def _dkv_kernel(
     lse = lse_ptr + bh * (visual_rows + text_rows)
     delta = delta_ptr + bh * (visual_rows + text_rows)
     q, text_q, dout, dtext_out = at(q, b, 0, h), at(text_q, b, 0, h), at(dout, b, 0, h), at(dtext_out, b, 0, h)
+    is_last = chunk == num_chunks - 1
+    end = tl.where(is_last, visual_rows, 0)
+    dk, dv = dkv_tail(
+        keys, values, dk, dv, q, dout, lse, delta, 0, 0, 0, end, num_visual, scale, FLAT, VISUAL_TAIL, BLOCK_M
+    )
+    end = tl.where(is_last, text_rows, 0)
+    dk, dv = dkv_tail(
+        keys,
+        values,
+        dk,
+        dv,
+        text_q,
+        dtext_out,
+        lse + visual_rows,
+        delta + visual_rows,
+        0,
+        0,
+        0,
+        end,
+        num_text,
+        scale,
+        FLAT,
+        TEXT_TAIL,
+        BLOCK_M,
+    )
     begin = chunk.to(tl.int32) * num_chunk_blocks
     for block in range(begin, tl.minimum(begin + num_chunk_blocks, visual_blocks + text_blocks)):
         is_visual, row, qs, dos = looped_block(block, visual_blocks, q, text_q, dout, dtext_out, BLOCK_M)
@@ -217,17 +243,6 @@ def _dkv_kernel(
         do = load_rows(dos, 0, 0, 0, row, 0, rows_per_frame, False, FLAT, HEAD_DIM)
         row += tl.where(is_visual, 0, visual_rows)
         dk, dv = dkv_step(keys, values, query, do, tl.load(lse + row), tl.load(delta + row), dk, dv, scale)
-    is_last = chunk == num_chunks - 1
-    end = tl.where(is_last, visual_rows, 0)
-    dk, dv = dkv_tail(
-        keys, values, dk, dv, q, dout, lse, delta, 0, 0, 0, end, num_visual, scale, FLAT, VISUAL_TAIL, BLOCK_M
-    )
-    end = tl.where(is_last, text_rows, 0)
-    lse += visual_rows
-    delta += visual_rows
-    dk, dv = dkv_tail(
-        keys, values, dk, dv, text_q, dtext_out, lse, delta, 0, 0, 0, end, num_text, scale, FLAT, TEXT_TAIL, BLOCK_M
-    )
     store_rows(partial_dk, dk * dscale, b, chunk, h, key, num_text, 1, False, True, HEAD_DIM)
     store_rows(partial_dv, dv, b, chunk, h, key, num_text, 1, False, True, HEAD_DIM)
 

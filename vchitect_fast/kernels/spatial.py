@@ -3,8 +3,9 @@
     forward    o = softmax(q k^T / sqrt(C)) v          lse = log2 sum exp2 of the scaled scores, saved in fp32
     backward   p = exp2(scores - lse);  delta = rowsum(do o);  ds = p (do v^T - delta)
                dq = ds k / sqrt(C);  dk = ds^T q / sqrt(C);  dv = p^T do
-q, k and v of visual and text lie in their own buffers: a program owns a block of one source and loops over both, first the
-visual rows, then the text. A source's full blocks need no mask; what is left runs in a tail of the next power of two from 16.
+q, k and v of visual and text lie in their own buffers: a program owns a block of one source and loops over the blocks of
+both. Full blocks need no mask; what is left of a source runs in a tail of the next power of two from 16, before the loop
+(behind it, ptxas serializes every wgmma: its warning C7515).
 The backward is two kernels, one owning queries (dq, and delta for the other), one owning keys (dk, dv): no atomics and no
 fp32 buffer of dq, so the same inputs give the same bits, for 7 products where one fused loop would need 5.
 
@@ -96,18 +97,18 @@ def _forward_kernel(
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     k, v, text_k, text_v = at(k, b, t, h), at(v, b, t, h), at(text_k, b, t, h), at(text_v, b, t, h)
-    visual_blocks, text_blocks = num_visual // BLOCK_N, num_text // BLOCK_N
-    for block in range(0, visual_blocks + text_blocks):
-        _, key, ks, vs = looped_block(block, visual_blocks, k, text_k, v, text_v, BLOCK_N)
-        keys = load_rows(ks, 0, 0, 0, key, 0, 1, False, True, HEAD_DIM)
-        values = load_rows(vs, 0, 0, 0, key, 0, 1, False, True, HEAD_DIM)
-        acc, row_max, row_sum = forward_step(query, keys, values, acc, row_max, row_sum, scale, True, False)
     acc, row_max, row_sum = forward_tail(
         query, k, v, acc, row_max, row_sum, 0, 0, 0, num_visual, scale, VISUAL_TAIL, BLOCK_N
     )
     acc, row_max, row_sum = forward_tail(
         query, text_k, text_v, acc, row_max, row_sum, 0, 0, 0, num_text, scale, TEXT_TAIL, BLOCK_N
     )
+    visual_blocks, text_blocks = num_visual // BLOCK_N, num_text // BLOCK_N
+    for block in range(0, visual_blocks + text_blocks):
+        _, key, ks, vs = looped_block(block, visual_blocks, k, text_k, v, text_v, BLOCK_N)
+        keys = load_rows(ks, 0, 0, 0, key, 0, 1, False, True, HEAD_DIM)
+        values = load_rows(vs, 0, 0, 0, key, 0, 1, False, True, HEAD_DIM)
+        acc, row_max, row_sum = forward_step(query, keys, values, acc, row_max, row_sum, scale, True, False)
     acc = acc / row_sum[:, None]
     lse = row_max + tl.log2(row_sum)
     if is_visual:
@@ -159,14 +160,14 @@ def _dq_kernel(
     lse = tl.load(lse_ptr + statistic + row, mask=row < num_rows, other=float("inf"))
     grad = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
     k, v, text_k, text_v = at(k, b, t, h), at(v, b, t, h), at(text_k, b, t, h), at(text_v, b, t, h)
+    grad = dq_tail(query, do, k, v, lse, delta, grad, 0, 0, 0, num_visual, scale, VISUAL_TAIL, BLOCK_N)
+    grad = dq_tail(query, do, text_k, text_v, lse, delta, grad, 0, 0, 0, num_text, scale, TEXT_TAIL, BLOCK_N)
     visual_blocks, text_blocks = num_visual // BLOCK_N, num_text // BLOCK_N
     for block in range(0, visual_blocks + text_blocks):
         _, key, ks, vs = looped_block(block, visual_blocks, k, text_k, v, text_v, BLOCK_N)
         keys = load_rows(ks, 0, 0, 0, key, 0, 1, False, True, HEAD_DIM)
         values = load_rows(vs, 0, 0, 0, key, 0, 1, False, True, HEAD_DIM)
         grad = dq_step(query, do, keys, values, lse, delta, grad, scale, True, False)
-    grad = dq_tail(query, do, k, v, lse, delta, grad, 0, 0, 0, num_visual, scale, VISUAL_TAIL, BLOCK_N)
-    grad = dq_tail(query, do, text_k, text_v, lse, delta, grad, 0, 0, 0, num_text, scale, TEXT_TAIL, BLOCK_N)
     if is_visual:
         store_rows(dq, grad * dscale, b, t, h, row, num_rows, 1, False, True, HEAD_DIM)
     else:
@@ -214,6 +215,28 @@ def _dkv_kernel(
     gv = tl.zeros((BLOCK_N, HEAD_DIM), tl.float32)
     q, text_q, dout, dtext_out = at(q, b, t, h), at(text_q, b, t, h), at(dout, b, t, h), at(dtext_out, b, t, h)
     lse, delta = lse_ptr + statistic, delta_ptr + statistic
+    gk, gv = dkv_tail(
+        keys, values, gk, gv, q, dout, lse, delta, 0, 0, 0, num_visual, 1, scale, True, VISUAL_TAIL, BLOCK_M
+    )
+    gk, gv = dkv_tail(
+        keys,
+        values,
+        gk,
+        gv,
+        text_q,
+        dtext_out,
+        lse + num_visual,
+        delta + num_visual,
+        0,
+        0,
+        0,
+        num_text,
+        1,
+        scale,
+        True,
+        TEXT_TAIL,
+        BLOCK_M,
+    )
     visual_blocks, text_blocks = num_visual // BLOCK_M, num_text // BLOCK_M
     for block in range(0, visual_blocks + text_blocks):
         is_first, query, qs, dos = looped_block(block, visual_blocks, q, text_q, dout, dtext_out, BLOCK_M)
@@ -221,14 +244,6 @@ def _dkv_kernel(
         do = load_rows(dos, 0, 0, 0, query, 0, 1, False, True, HEAD_DIM)
         query += tl.where(is_first, 0, num_visual)
         gk, gv = dkv_step(keys, values, queries, do, tl.load(lse + query), tl.load(delta + query), gk, gv, scale)
-    gk, gv = dkv_tail(
-        keys, values, gk, gv, q, dout, lse, delta, 0, 0, 0, num_visual, 1, scale, True, VISUAL_TAIL, BLOCK_M
-    )
-    lse += num_visual
-    delta += num_visual
-    gk, gv = dkv_tail(
-        keys, values, gk, gv, text_q, dtext_out, lse, delta, 0, 0, 0, num_text, 1, scale, True, TEXT_TAIL, BLOCK_M
-    )
     gk *= dscale
     if is_visual:
         store_rows(dk, gk, b, t, h, row, num_visual, 1, False, True, HEAD_DIM)
