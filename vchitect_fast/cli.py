@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "autotune": ("vchitect_fast.autotune.command", "measure this machine and write the Plan that train obeys"),
     "train": ("vchitect_fast.train", "train a transformer by a Plan"),
     "sample": ("vchitect_fast.sample", "make a video from a prompt"),
+    "bench": ("vchitect_fast.benchmarks.command", "measure every op beside its alternatives; compare two results"),
     "export": ("vchitect_fast.export", "write a checkpoint as a folder under the released names"),
 }
 
