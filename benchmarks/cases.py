@@ -39,6 +39,8 @@ Make = Callable[..., Case]
 
 def all_cases(*, quick: bool) -> list[Case]:
     """Every case for this machine; `quick` keeps one shape on a GPU and leaves torch.compile out on a CPU."""
+    shapes: tuple[tuple[str, ...], tuple[str, ...]]
+    check: Sizes | None
     if not torch.cuda.is_available():
         shapes, dtype, sizes = ((TINY_SHAPE,),) * 2, torch.float32, (2, 2, 64)
         check = Sizes.of(VideoShape.parse(TINY_SHAPE)[0], *sizes)

@@ -131,8 +131,8 @@ def _steps(text: str, quick: bool) -> list[Any]:
     from vchitect_fast.benchmarks.cases import all_cases
     from vchitect_fast.benchmarks.host import host_benches
 
-    names = {f"{case.bench} {case.shape}": case for case in all_cases(quick=quick)}
-    names |= {f"{bench.name} {bench.shape} {bench.direction}": bench for bench in host_benches()}  # type: ignore[dict-item]
+    names: dict[str, Any] = {f"{case.bench} {case.shape}": case for case in all_cases(quick=quick)}
+    names |= {f"{bench.name} {bench.shape} {bench.direction}": bench for bench in host_benches()}
     chosen = [step for name, step in names.items() if text in name]
     if not chosen:
         raise UserError(f"no bench contains {text!r}; there are: {', '.join(names)}.")

@@ -26,7 +26,8 @@ OTHER_COLORS = ("#4c6a92", "#88a2c4", "#b9c8dd", "#c98f4a", "#e3bd8c", "#8a7090"
 
 def main(arguments: Sequence[str]) -> int:
     """Draw; prints the files. Exit code 2 and one sentence when there is nothing to draw from."""
-    results, figures = map(Path, [*arguments, *(RESULTS, FIGURES)[len(arguments) :]][:2])
+    places = [*map(Path, arguments), *(RESULTS, FIGURES)[len(arguments) :]]
+    results, figures = places[:2]
     try:
         drawn = draw_all(results, figures)
     except UserError as error:

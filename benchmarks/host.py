@@ -79,7 +79,7 @@ def _dispatch() -> Iterator[HostBench]:
     def repeated(call: Callable[[], object]) -> Work:
         def run(_: None) -> None:
             with _empty_kernels(module):
-                for _ in range(calls):
+                for _i in range(calls):
                     call()
 
         return Work(run)
@@ -121,11 +121,11 @@ def _engine() -> Iterator[HostBench]:
     engine = _C.Engine(budget_bytes=MIB)
 
     def slots(_: None) -> None:
-        for _ in range(calls):
+        for _i in range(calls):
             engine.release(engine.offload(small.data_ptr(), small.nbytes))
 
     def empties(_: None) -> None:
-        for _ in range(calls):
+        for _i in range(calls):
             torch.empty_like(small).copy_(small)
 
     works = {"offload and release (ours)": Work(slots), "torch empty and copy": Work(empties)}

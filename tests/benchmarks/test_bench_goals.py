@@ -1,0 +1,115 @@
+"""Goals against made-up Records of an H100: pass, fall short, and every reason for not measured; the figures are redrawn.
+
+pytest tests/benchmarks/test_bench_goals.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from made_up_record import record
+
+from vchitect_fast.benchmarks import figures
+from vchitect_fast.benchmarks.cases import ATTENTION_SHAPES, BLOCK_SHAPES
+from vchitect_fast.benchmarks.goals import GOALS, PASS, SHORT, Goal, judge
+from vchitect_fast.benchmarks.record import BOTH, FORWARD, Record, append
+from vchitect_fast.benchmarks.suite import Absent
+from vchitect_fast.benchmarks.table import duration, headline, reasons
+
+H100 = "NVIDIA H100 80GB HBM3"
+AT = {"shape": "40x768x432", "device": H100}
+
+
+def goal(bench: str, direction: str, measure: str) -> Goal:
+    [found] = [
+        g for g in GOALS if (g.bench, g.shape, g.direction, g.measure) == (bench, AT["shape"], direction, measure)
+    ]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("bench", "direction", "measure", "ours", "verdict"),
+    [
+        ("block", BOTH, "median_s", {"median_s": 0.034}, PASS),
+        ("block", BOTH, "median_s", {"median_s": 0.0341}, SHORT),
+        ("block", FORWARD, "saved_bytes", {"saved_bytes": 3_000_000_000}, PASS),
+        ("block", FORWARD, "saved_bytes", {"saved_bytes": 3_000_000_001}, SHORT),
+        ("cross", FORWARD, "ratio", {"median_s": 0.75}, PASS),
+        ("cross", FORWARD, "ratio", {"median_s": 0.76}, SHORT),
+    ],
+)
+def test_limits(bench: str, direction: str, measure: str, ours: dict[str, float], verdict: str) -> None:
+    at = {**AT, "bench": bench, "direction": direction}
+    records = [record(**{**at, **ours}), record(1.0, provider="sdpa flash", **at), record(9.0, provider="eager", **at)]
+    assert judge(goal(bench, direction, measure), records).text == verdict
+
+
+def test_a_rate_is_a_lower_limit() -> None:
+    [rate] = [g for g in GOALS if g.measure == "rate" and g.direction == FORWARD]
+    at = {"bench": "spatial", "shape": rate.shape, "device": H100}
+    assert judge(rate, [record(rate=400.0, **at)]).text == PASS
+    assert judge(rate, [record(rate=399.0, **at)]).text == SHORT
+
+
+@pytest.mark.parametrize(
+    ("records", "why"),
+    [
+        ([], "this run did not have it"),
+        ([record(bench="cross", shape="40x768x432", device="A100")], "the goal is for an H100, this is A100"),
+        ([record(provider="eager", **AT)], "ours did not run"),
+        ([record(**AT)], "no alternative ran"),
+    ],
+)
+def test_not_measured_says_why(records: list[Record], why: str) -> None:
+    verdict = judge(goal("cross", FORWARD, "ratio"), records)
+    assert verdict.text == f"not measured: {why}" and verdict.found is None
+
+
+def test_every_goal_has_a_case_or_says_why_not() -> None:
+    for item in GOALS:
+        shapes = {"block": BLOCK_SHAPES, "dispatch": ("empty kernel",)}.get(item.bench, ATTENTION_SHAPES)
+        assert item.not_measured or item.shape in shapes, item
+    assert len(set(GOALS)) == len(GOALS)
+
+
+def test_the_headline_is_a_ratio_over_shapes() -> None:
+    other = {"provider": "sdpa flash"}
+    records = [
+        record(1.0), record(2.0, **other),
+        record(3.0, shape="8x16x16"), record(2.0, shape="8x16x16", **other), record(2.5, shape="8x16x16", provider="eager"),
+    ]  # fmt: skip
+    assert headline("cross", records) == "cross: ours takes forward 0.50 - 1.50 x the time of the best alternative"
+    interpreted = record(9.0, provider="triton (ours, interpreted)")
+    assert headline("cross", [interpreted, record(**other)]).startswith("cross (kernels interpreted here")
+
+
+def test_reasons_are_grouped_and_say_where_it_matters() -> None:
+    absent = [
+        Absent("cross", name, shape, "float32", FORWARD, why, False)
+        for name, shape, why in (
+            ("a", "1x", "no GPU"), ("a", "2x", "no GPU"), ("b", "1x", "no GPU"), ("b", "2x", "no GPU"), ("c", "2x", "boom"),
+        )
+    ]  # fmt: skip
+    assert reasons(absent) == ["not measured: a, b: no GPU", "not measured: c at 2x forward: boom"]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(2.5, "2.5 s"), (0.0123, "12.3 ms"), (4.5e-6, "4.5 us"), (7e-9, "7 ns")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_figures_are_redrawn_to_the_same_bytes(tmp_path: Path) -> None:
+    results, drawn = tmp_path / "results", tmp_path / "figures"
+    for item in (
+        record(1.0), record(2.0, provider="sdpa flash"), record(3.0, bench="planner", rate=None),
+        record(9.0, bench="temporal", provider="triton (ours, interpreted)"),
+    ):  # fmt: skip
+        append(results / "gpu.jsonl", item)
+    names = ["gpu-cross.svg", "gpu-roofline.svg"]  # no bars without an alternative, none of the interpreter
+    assert [path.name for path in figures.draw_all(results, drawn)] == names
+    first = [(drawn / name).read_bytes() for name in names]
+    figures.draw_all(results, drawn)
+    assert [(drawn / name).read_bytes() for name in names] == first
+    assert b"sdpa flash" in first[0]
+    assert figures.main([str(tmp_path / "nothing"), str(drawn)]) == 2
