@@ -131,7 +131,7 @@ def ceilings(clock: Clock, dtype: torch.dtype) -> dict[str, float]:
     on_gpu = clock.device.type == "cuda"
     side, num_bytes = (8192, 2**30) if on_gpu else (1024, 2**26)
     a, b = (torch.randn(side, side, device=clock.device, dtype=dtype) for _ in range(2))
-    source = torch.zeros(num_bytes // 4, device=clock.device)
+    source = torch.ones(num_bytes // 4, device=clock.device)
     target = torch.empty_like(source)
     works = {"matmul": Work(lambda _: a @ b), "copy": Work(lambda _: target.copy_(source))}
     samples, failed = interleaved(clock, works, budget_s=0.5)
