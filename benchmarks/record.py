@@ -171,4 +171,7 @@ def _commit() -> str | None:
         return done.stdout.strip() if done.returncode == 0 else None
 
     head = git("rev-parse", "--short=12", "HEAD")
-    return head and head + ("+dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    # What a run writes itself is no change of what it measured.
+    written = (":!benchmarks/results", ":!benchmarks/figures")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
+    return head and head + ("+dirty" if changed else "")
