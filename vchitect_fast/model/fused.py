@@ -11,6 +11,8 @@ Letters: B batch, T frames, S visual tokens a frame, N text tokens, D hidden, H 
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,7 +67,7 @@ def _attention(attn: BranchAttention, nx_BTSD: Tensor, nc_BTND: Tensor, impl: st
         )  # fmt: skip
         return y.view(rows.shape[0], -1, y.shape[-1])
 
-    out_x = summed(0, attn.to_out[0], attn.to_out_temporal)
+    out_x = summed(0, cast(torch.nn.Linear, attn.to_out[0]), attn.to_out_temporal)
     return out_x, None if attn.last else summed(1, attn.to_add_out, attn.to_add_out_temporal)
 
 
@@ -75,7 +77,7 @@ def _project(x_BTLD: Tensor, linears: list[torch.nn.Linear], num_heads: int) -> 
 
 
 def _feed_forward(ff: FeedForward, x_BLD: Tensor, impl: str) -> Tensor:
-    first = ff.net[0].get_submodule("proj")
+    first = cast(torch.nn.Linear, ff.net[0].get_submodule("proj"))
     hidden = ops.bias_gelu(F.linear(x_BLD, first.weight), first.bias, impl=impl)
     return ff.net[2](hidden)
 

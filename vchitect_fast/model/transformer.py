@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -110,10 +111,10 @@ class VchitectTransformer(nn.Module):
         x = self.pos_embed(hidden_states.to(dtype).flatten(0, 1)).unflatten(0, (B, T))  # [B, T, S, D]
         temb = self.time_text_embed(timestep, pooled_projections.to(dtype))
         text = self.context_embedder(encoder_hidden_states.to(dtype))
-        c: Tensor | None = text[:, None].expand(-1, T, -1, -1)  # the text stream is per frame from here on
+        c = text[:, None].expand(-1, T, -1, -1)  # the text stream is per frame from here on
         for block, policy in zip(self.transformer_blocks, self.policy, strict=True):
             if self.kernels:
-                run = partial(fused_block, block, impl=self.kernels)
+                run = partial(fused_block, cast(Block, block), impl=self.kernels)
             else:
                 run = partial(block, backend=self.attention_backend)
             if policy.qkv == KEEP or not torch.is_grad_enabled():
