@@ -1,0 +1,118 @@
+"""Frames of a clip for the stages that look at pictures: one decode from the key frame before the clip to its end.
+
+A frame is the one shown at the wanted time: the last whose presentation time is not later. Times count from the first
+frame of the file, as in training (video.py), and rotation marked in the file is applied. A file that stops decoding before
+the clip ends is a BadVideo with the reason; nothing is repeated or invented.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from vchitect_fast.curation.stage import ClipSpan, Want
+
+
+class BadVideo(Exception):
+    """A video that cannot be used; its message is the reason that quarantine shows."""
+
+
+@contextmanager
+def open_video(path: str, threads: int = 1) -> Iterator[Any]:
+    """A PyAV container of a local path or an fsspec URL, its video decoder set to stop at damage; BadVideo if none."""
+    import av
+
+    file = None
+    try:
+        if "://" in path:
+            import fsspec
+
+            file = fsspec.open(path, "rb").open()
+        container = av.open(file or path, metadata_errors="replace")
+    except (av.FFmpegError, OSError, ValueError, ImportError) as error:
+        if file is not None:
+            file.close()
+        raise BadVideo(f"cannot open it as a video ({_reason(error)})") from None
+    try:
+        with container:
+            if not container.streams.video:
+                raise BadVideo("it has no video stream")
+            context = container.streams.video[0].codec_context
+            # FFmpeg paints over damage by default; a clip that training would refuse must not be kept.
+            context.options = {"err_detect": "explode"}
+            context.thread_count = threads
+            context.thread_type = "AUTO" if threads > 1 else "NONE"
+            yield container
+    finally:
+        if file is not None:
+            file.close()
+
+
+def clip_frames(span: ClipSpan, wants: Sequence[Want], threads: int = 1) -> list[np.ndarray]:
+    """The frame of each want, uint8 RGB [H,W,3]; one array serves equal wants. Raises BadVideo."""
+    import av
+
+    order = sorted(range(len(wants)), key=lambda k: wants[k].time)
+    found: dict[int, np.ndarray] = {}
+    sized: dict[tuple[int, int | None], np.ndarray] = {}
+    before: Any = None
+    number = 0
+
+    def take(frame: Any) -> None:
+        k = order[len(found)]
+        known = (number, wants[k].short_side)
+        if known not in sized:
+            sized[known] = to_rgb(frame, wants[k].short_side)
+        found[k] = sized[known]
+
+    with open_video(span.path, threads) as container:
+        try:
+            for time, frame in frames_from(container, span.start):
+                while before is not None and len(found) < len(order) and wants[order[len(found)]].time < time - 1e-6:
+                    take(before)
+                if len(found) == len(order):
+                    break
+                before, number = frame, number + 1
+                if time >= span.end:
+                    break
+        except av.FFmpegError as error:
+            raise BadVideo(f"decoding stopped ({_reason(error)})") from None
+    while before is not None and len(found) < len(order) and wants[order[len(found)]].time <= span.end + 1e-6:
+        take(before)
+    if len(found) < len(order):
+        raise BadVideo(f"no frame decodes for {wants[order[len(found)]].time:.3f} s")
+    return [found[k] for k in range(len(wants))]
+
+
+def frames_from(container: Any, start: float) -> Iterator[tuple[float, Any]]:
+    """(seconds from the first frame of the file, frame), in order of presentation, from at or before `start` (s)."""
+    stream = container.streams.video[0]
+    base = Fraction(stream.time_base.numerator, stream.time_base.denominator)
+    origin = stream.start_time or 0
+    if start > 0:
+        container.seek(origin + math.floor(start / base), stream=stream)
+    for frame in container.decode(stream):
+        if frame.pts is None:
+            raise BadVideo("its frames carry no presentation times; remux it, for example into .mp4")
+        if frame.is_corrupt:
+            raise BadVideo(f"the frame at {float((frame.pts - origin) * base):.3f} s is corrupt")
+        yield float((frame.pts - origin) * base), frame
+
+
+def to_rgb(frame: Any, short_side: int | None = None) -> np.ndarray:
+    """uint8 RGB [H,W,3], turned as shown; shrunk (never enlarged) by area averaging to `short_side` pixels."""
+    width, height = frame.width, frame.height
+    if short_side is not None and short_side < min(width, height):
+        scale = short_side / min(width, height)
+        width, height = max(1, round(width * scale)), max(1, round(height * scale))
+    image = frame.reformat(width, height, format="rgb24", interpolation="AREA").to_ndarray()
+    return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90) % 4))
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
