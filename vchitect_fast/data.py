@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
+from vchitect_fast import members
 from vchitect_fast.buckets import Assignment, Schedule, Window, assign
 from vchitect_fast.errors import UserError
 from vchitect_fast.files import whole_file
@@ -282,10 +283,10 @@ class VideoData:
     def _latents_key(self, window: Window, shape: VideoShape) -> str:
         clip = window.clip
         try:
-            stat = clip.path.stat()
+            num_bytes, mtime_ns = members.stamp(clip.path)
         except OSError as error:
             raise DecodeError(f"cannot open it as a video ({error.strerror})", whole_file=True) from None
-        source = [str(clip.path), stat.st_size, stat.st_mtime_ns, clip.start, clip.end, clip.fps, clip.num_frames]
+        source = [str(clip.path), num_bytes, mtime_ns, clip.start, clip.end, clip.fps, clip.num_frames]
         return _key("latents", *source, window.index, str(shape), self._fps, self._codec.fingerprint)
 
 

@@ -2,7 +2,8 @@
 
 Eight columns are required, whatever else a row holds (scores) is kept as it is:
 
-    path        video or image file; relative paths start at the manifest's own folder
+    path        video or image file; relative paths start at the manifest's own folder. "clips-000000.tar/KEY.mp4" is a
+                member of that tar, read where it lies (members.py), unless there is a folder of that name
     start, end  seconds from the first frame of the file; the clip is start <= t < end
     num_frames  frames of the file within [start, end); 1 for an image
     width, height, fps   of the file: pixels, pixels, frames a second

@@ -1,4 +1,4 @@
-"""Video files: the frames of a window, whole short videos in and out. Everything that touches PyAV in training.
+"""Video files and members of tars: the frames of a window, whole short videos in and out. All that touches PyAV in training.
 
 A frame is chosen by its presentation time, never by counting, and times count from the first frame of the file, so that
 seeking, variable frame rates and streams that do not start at 0 all give the same frames as a decode from the beginning.
@@ -9,8 +9,8 @@ is taken as square whatever the file says. Rotation marked in the file (phones) 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import cast
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vchitect_fast import members
 from vchitect_fast.buckets import Window
 from vchitect_fast.errors import UserError
 from vchitect_fast.files import whole_file
@@ -111,11 +112,7 @@ def _nearest_frames(window: Window, wanted: list[float], patience_s: float, *, s
 
 def _frames(path: Path, seek_s: float | None) -> Generator[tuple[float, av.VideoFrame], None, None]:
     """(seconds from the first frame of the file, frame), in order of presentation, from at or before `seek_s`."""
-    try:
-        container = av.open(str(path))
-    except (av.FFmpegError, OSError) as error:
-        raise DecodeError(f"cannot open it as a video ({error.strerror or error})", whole_file=True) from None
-    with container:
+    with _opened(path) as container:
         if not container.streams.video:
             raise DecodeError("it has no video stream", whole_file=True)
         stream = container.streams.video[0]
@@ -136,6 +133,17 @@ def _frames(path: Path, seek_s: float | None) -> Generator[tuple[float, av.Video
                 yield float((frame.pts - origin) * time_base), frame
         except av.FFmpegError as error:
             raise DecodeError(f"decoding stopped ({error.strerror or error})") from None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[av.container.InputContainer]:
+    """The container of a file, or of a tar's member (members.py); closed at the end, the container before its file."""
+    with ExitStack() as stack:
+        try:
+            container = stack.enter_context(av.open(stack.enter_context(members.opened(path))))
+        except (av.FFmpegError, OSError) as error:
+            raise DecodeError(f"cannot open it as a video ({error.strerror or error})", whole_file=True) from None
+        yield container
 
 
 def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
