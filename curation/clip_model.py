@@ -94,7 +94,8 @@ def load_clip(folder: str, device: str = "cpu") -> Clip:
     module = CLIPVisionModelWithProjection(config)
     match_tensors(files[1], tensors, {name: tuple(t.shape) for name, t in module.state_dict().items()})
     module.load_state_dict(tensors, strict=True)
-    return Clip(module.float().eval().to(device), config.image_size, config.projection_dim, device)
+    size: Any = config.image_size  # transformers would allow a pair; CLIP's is a number
+    return Clip(module.float().eval().to(device), size, config.projection_dim, device)
 
 
 def clip_files(folder: str) -> tuple[Path, Path]:
@@ -288,6 +289,7 @@ def read_tensors(file: Path, inside: str = "") -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    found: Any
     try:
         if file.suffix == ".safetensors":
             found = load_file(file)

@@ -207,14 +207,9 @@ def published_viclip(state: dict[str, Tensor], pixels_TCHW: Tensor) -> Tensor:
     t = {name.removeprefix("vision_encoder."): value.to(pixels_TCHW.dtype) for name, value in state.items()}
     x = F.conv3d(pixels_TCHW.transpose(0, 1)[None], t["conv1.weight"], stride=(1, PATCH, PATCH))
     x = x[0].permute(1, 2, 3, 0).reshape(8, -1, WIDTH)  # T, places, D
-    tokens = [t["class_embedding"] + t["positional_embedding"][0]]
-    for place in range(x.shape[1]):
-        for frame in range(8):
-            tokens.append(
-                x[frame, place]
-                + t["positional_embedding"][1 + place]
-                + t["temporal_positional_embedding"][0, frame]
-            )  # fmt: skip
+    place, time = t["positional_embedding"], t["temporal_positional_embedding"][0]
+    tokens = [t["class_embedding"] + place[0]]
+    tokens += [x[frame, k] + place[1 + k] + time[frame] for k in range(x.shape[1]) for frame in range(8)]
 
     def norm(x: Tensor, name: str) -> Tensor:
         return F.layer_norm(x, (WIDTH,), t[f"{name}.weight"], t[f"{name}.bias"])
