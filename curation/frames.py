@@ -37,7 +37,7 @@ def open_video(path: str, threads: int = 1) -> Iterator[Any]:
     except (av.FFmpegError, OSError, ValueError, ImportError) as error:
         if file is not None:
             file.close()
-        raise BadVideo(f"cannot open it as a video ({_reason(error)})") from None
+        raise BadVideo(f"cannot open it as a video ({reason(error)})") from None
     try:
         with container:
             if not container.streams.video:
@@ -81,7 +81,7 @@ def clip_frames(span: ClipSpan, wants: Sequence[Want], threads: int = 1) -> list
                 if time >= span.end:
                     break
         except av.FFmpegError as error:
-            raise BadVideo(f"decoding stopped ({_reason(error)})") from None
+            raise BadVideo(f"decoding stopped ({reason(error)})") from None
     while before is not None and len(found) < len(order) and wants[order[len(found)]].time <= span.end + 1e-6:
         take(before)
     if len(found) < len(order):
@@ -114,5 +114,6 @@ def to_rgb(frame: Any, short_side: int | None = None) -> np.ndarray:
     return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90) % 4))
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """What the system or FFmpeg says of an error, in a few words."""
     return str(getattr(error, "strerror", None) or error)

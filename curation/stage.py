@@ -14,11 +14,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from vchitect_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from vchitect_fast.curation.signals import Signals
 
 Scores = dict[str, Any]  # name -> float, int, bool, str, a list of these, or None; JSON and Parquet hold them all
 
@@ -72,6 +75,7 @@ class Sample:
     span: ClipSpan
     frames: list[np.ndarray]  # one a want, in that order; uint8 RGB [H,W,3], turned as shown
     scores: Mapping[str, Scores]  # by stage name, of the stages in `reads`
+    signals: Signals | None = None  # the clip's rows, for a SignalStage
 
 
 class Stage(ABC):
@@ -133,6 +137,14 @@ class Stage(ABC):
         """16 hex digits of everything that decides the scores; `read_keys` are the keys of the stages in `reads`."""
         parts = [self.name, self.backend, self.version, self.weights, self.parameters(), list(read_keys)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+class SignalStage(Stage):
+    """A judge that needs no picture: it reads the signals that the one decode of the video left (signals.py)."""
+
+    def wants(self, span: ClipSpan) -> list[Want]:
+        """Nothing."""
+        return []
 
 
 _HASHES: dict[tuple[str, int, int], str] = {}  # (path, bytes, mtime) -> digest, so that a process hashes a file once

@@ -1,0 +1,58 @@
+"""Engines: who runs tasks. An engine takes tasks, returns an Outcome for each in any order, and keeps nothing.
+
+    run(tasks)   yields an Outcome a task as they end; a worker that dies or an unexpected error costs a task one attempt
+
+Both engines run the same tasks (tasks.py) and so give the same values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+ATTEMPTS = 3  # of a task that fails for no reason of its input
+
+
+class Task(Protocol):
+    """Work that runs anywhere; see tasks.py."""
+
+    def run(self) -> Any:
+        """The work."""
+
+    def split(self) -> list[Task]:
+        """Smaller tasks that together are this one, or [] if it is the smallest."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a task ended: with a value, or with the reason why there is none."""
+
+    task: Any
+    value: Any
+    reason: str | None
+    attempts: int
+
+
+class Engine(Protocol):
+    """What pipeline.py asks of an engine."""
+
+    name: str
+
+    def run(self, tasks: Iterable[Task], num_workers: int | None = None) -> Iterator[Outcome]:
+        """Outcomes as they come; `num_workers` limits how many tasks run at once."""
+
+    def close(self) -> None:
+        """Let the workers go."""
+
+
+def attempt(task: Task) -> tuple[str, Any]:
+    """Run a task where it is: ("value", v), ("bad", reason) that no retry mends, or ("error", reason)."""
+    from vchitect_fast.curation.frames import BadVideo
+
+    try:
+        return "value", task.run()
+    except BadVideo as error:
+        return "bad", str(error)
+    except Exception as error:
+        return "error", f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]

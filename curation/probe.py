@@ -1,0 +1,141 @@
+"""Probe: what a video file is, from its header and its packets, without decoding more than one frame.
+
+Every packet is read once, so that a file that ends before its header says so is found here and not hours later, and the
+key frames at which a long video is cut into chunks are known. It computes the video's identity, a hash of all its bytes,
+in the same go. A file that is no whole video is a BadVideo with the reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vchitect_fast.curation.frames import BadVideo, open_video, reason
+
+CHUNK_S = 240.0  # of video in one scan: what a killed worker has to do again, and what a worker holds in memory
+HASH_BLOCK = 1 << 20
+MAX_SIDE = 16384  # pixels; a header that claims more would allocate gigabytes for one frame
+
+
+@dataclass(frozen=True)
+class Source:
+    """A video file; sizes as shown (after rotation), times in seconds from its first frame."""
+
+    path: str  # local path or fsspec URL
+    video: str  # 16 hex digits over all bytes of the file
+    num_bytes: int
+    width: int
+    height: int
+    fps: float  # mean frames a second
+    num_packets: int  # of the video stream, about one a frame
+    seconds: float
+    codec: str
+    pixel_format: str
+    chunks: tuple[float, ...]  # start times (s), each at a key frame; the first is 0
+
+
+def file_stamp(path: str) -> tuple[int, str]:
+    """(bytes, when it was changed) of a local path or URL: equal stamps mean that the file need not be read again."""
+    if "://" not in path:
+        stat = Path(path).stat()
+        return stat.st_size, str(stat.st_mtime_ns)
+    import fsspec
+
+    system, name = fsspec.core.url_to_fs(path)
+    info = system.info(name)
+    when = next(
+        (info[k] for k in ("ETag", "etag", "mtime", "LastModified", "last_modified", "created") if k in info), ""
+    )
+    return int(info["size"]), str(when)
+
+
+def probe(path: str) -> Source:
+    """Read a whole file without decoding it. Raises BadVideo when it is missing, empty, no video or truncated."""
+    import av
+
+    video, num_bytes = _digest(path)
+    try:
+        with open_video(path) as container:
+            stream = container.streams.video[0]
+            # Before anything is decoded: a hostile header can ask for more memory than there is.
+            if max(stream.width, stream.height) > MAX_SIDE:
+                raise BadVideo(f"its header says {stream.width}x{stream.height} pixels, more than {MAX_SIDE} a side")
+            claimed_frames = stream.frames
+            start_s, length_s = (container.start_time or 0) / 1e6, (container.duration or 0) / 1e6
+            times, keys, end_s = _packets(container, stream)
+            rate = stream.average_rate or stream.guessed_rate
+        if len(times) < claimed_frames or end_s < start_s + length_s - 1.0:
+            raise BadVideo(
+                f"it is truncated: the header says {claimed_frames or '?'} frames and {length_s:.1f} s, "
+                f"it holds {len(times)} frames and {end_s - start_s:.1f} s"
+            )
+        with open_video(path) as container:
+            frame = next(container.decode(video=0))
+    except StopIteration:
+        raise BadVideo("no frame decodes") from None
+    except (av.FFmpegError, OSError, MemoryError) as error:
+        raise BadVideo(f"cannot read it as a video ({reason(error)})") from None
+    if not rate:
+        raise BadVideo("it does not say its frame rate; remux it, for example into .mp4")
+    width, height = (frame.height, frame.width) if round(frame.rotation / 90) % 2 else (frame.width, frame.height)
+    fps = rate.numerator / rate.denominator
+    known = sorted(t for t in times if t is not None)
+    seconds = known[-1] - known[0] + 1 / fps if known else len(times) / fps
+    return Source(
+        path, video, num_bytes, width, height, fps, len(times), seconds,
+        stream.codec_context.name if stream.codec_context else "?", frame.format.name,
+        _chunks([t - known[0] for t in keys if t is not None and known], whole=len(known) < len(times)),
+    )  # fmt: skip
+
+
+def _packets(container: Any, stream: Any) -> tuple[list[float | None], list[float | None], float]:
+    """Presentation times (s) of all video packets and of the key frames, and the end (s) of the last packet of any stream."""
+    times: list[float | None] = []
+    keys: list[float | None] = []
+    end_s = 0.0
+    for packet in container.demux():
+        if not packet.size:
+            continue
+        time = base = None
+        if packet.time_base:
+            # Multiplied out: PyAV 19 gives a time base that Fraction arithmetic does not take.
+            base = packet.time_base.numerator / packet.time_base.denominator
+        if packet.pts is not None and base:
+            time = packet.pts * base
+            end_s = max(end_s, time + (packet.duration or 0) * base)
+        if packet.stream is stream:
+            times.append(time)
+            if packet.is_keyframe:
+                keys.append(time)
+    return times, keys, end_s
+
+
+def _chunks(keys: list[float], *, whole: bool) -> tuple[float, ...]:
+    """Start times at least CHUNK_S apart, each of a key frame; one chunk for a file whose packets carry no times."""
+    starts = [0.0]
+    for key in [] if whole else sorted(keys):
+        if key >= starts[-1] + CHUNK_S:
+            starts.append(key)
+    return tuple(starts)
+
+
+def _digest(path: str) -> tuple[str, int]:
+    digest, num_bytes = hashlib.blake2b(digest_size=8), 0
+    try:
+        if "://" in path:
+            import fsspec
+
+            file = fsspec.open(path, "rb").open()
+        else:
+            file = open(path, "rb")
+        with file:
+            while block := file.read(HASH_BLOCK):
+                digest.update(block)
+                num_bytes += len(block)
+    except (OSError, ValueError, ImportError) as error:
+        raise BadVideo(f"cannot read the file ({reason(error)})") from None
+    if not num_bytes:
+        raise BadVideo("the file is empty")
+    return digest.hexdigest(), num_bytes

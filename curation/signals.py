@@ -1,0 +1,208 @@
+"""Signals: what one decode of a video leaves behind for every stage that needs no picture. A few numbers a frame.
+
+    time         s from the first frame of the file
+    content      PySceneDetect's content_val against the frame before: mean of the hue, saturation and value differences
+    luma_change  mean absolute difference of the luma to the frame before, full resolution, 0..255
+    brightness, contrast, saturation   mean and deviation of the grey thumb, mean saturation; 0..255
+    layout       the thumb averaged down to 8x8, RGB: where which colour is
+    flow         at every sampled frame: mean of the top 5 % optical-flow magnitudes from the sampled frame before (px), else NaN
+    shift_x, shift_y   median flow of that pair (px): how the camera moves
+    cut          TransNetV2's probability of a cut after this frame, where that backend was asked for, else NaN
+
+The thumb is the frame shrunk to a short side of 128 pixels, as in the paper's motion stage. Frames are sampled for flow
+every max(1, round(fps / 8)) (VBench). Luma is the video's own, taken to full range: no colour conversion of whole frames.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from vchitect_fast.curation.frames import BadVideo, frames_from, open_video, reason
+from vchitect_fast.curation.motion_rule import TOP_SHARE
+from vchitect_fast.curation.probe import Source
+
+THUMB = 128  # short side in pixels
+LAYOUT = 8  # cells a side
+TRANSNET_MARGIN = 50  # frames of context on both sides of a chunk
+VERSION = 1  # raised whenever the same file gives other signals
+
+
+@dataclass
+class Signals:
+    """One row a frame, in order of presentation; float32 [n] each, time float64, layout uint8 [n, 8*8*3]."""
+
+    time: np.ndarray
+    content: np.ndarray
+    luma_change: np.ndarray
+    brightness: np.ndarray
+    contrast: np.ndarray
+    saturation: np.ndarray
+    layout: np.ndarray
+    flow: np.ndarray
+    shift_x: np.ndarray
+    shift_y: np.ndarray
+    cut: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.time)
+
+    def __getitem__(self, frames: slice) -> Signals:
+        return Signals(*(getattr(self, f.name)[frames] for f in fields(self)))
+
+    @classmethod
+    def joined(cls, parts: list[Signals]) -> Signals:
+        """Chunks, in order, as one."""
+        return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+
+    def to_bytes(self) -> bytes:
+        """A Parquet file; compressed, as it is kept."""
+        import pyarrow
+        import pyarrow.parquet
+
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        layout = np.ascontiguousarray(columns.pop("layout"))
+        size = layout.shape[1]
+        table = pyarrow.table(columns).append_column(
+            "layout", pyarrow.FixedSizeBinaryArray.from_buffers(pyarrow.binary(size), len(layout), [None, pyarrow.py_buffer(layout)])
+        )  # fmt: skip
+        sink = io.BytesIO()
+        pyarrow.parquet.write_table(table, sink, compression="zstd")
+        return sink.getvalue()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Signals:
+        """What `to_bytes` wrote."""
+        import pyarrow.parquet
+
+        table = pyarrow.parquet.read_table(io.BytesIO(content))
+        columns = {name: table[name].to_numpy() for name in table.column_names if name != "layout"}
+        rows = b"".join(table["layout"].to_pylist())
+        columns["layout"] = np.frombuffer(rows, np.uint8).reshape(table.num_rows, LAYOUT * LAYOUT * 3)
+        return cls(**columns)
+
+
+def scan(
+    source: Source, chunk: int = 0, *, transnet: Any = None, threads: int = 1, on_frame: Callable[[], None] = lambda: None
+) -> Signals:  # fmt: skip
+    """Decode chunk `chunk` of a video once. `transnet` takes frames as curation/transnet.py's TransNet does.
+
+    The frames before the chunk are decoded as well where its first frame needs them. Raises BadVideo.
+    """
+    import av
+    import cv2
+
+    cv2.setNumThreads(1)  # one process a core; OpenCV's own threads would fight over them
+    begin, stop = source.chunks[chunk], (*source.chunks, np.inf)[chunk + 1]
+    margin_s = (TRANSNET_MARGIN if transnet else 1.5) / source.fps
+    view = _View(source)
+    rows: list[tuple[Any, ...]] = []
+    kept: list[bool] = []  # of the frames that TransNet has seen, which belong to the chunk
+    try:
+        with open_video(source.path, threads) as container:
+            for time, frame in frames_from(container, begin - margin_s if chunk else 0.0):
+                # A quarter of a frame: chunk times come from packets, frame times from frames.
+                inside = begin - 0.25 / source.fps <= time < stop - 0.25 / source.fps
+                if time >= stop + (margin_s if transnet else 0) or (not inside and time >= stop and not transnet):
+                    break
+                if time < begin - 2 * margin_s:
+                    continue
+                thumb = view.thumb(frame)
+                if transnet:
+                    transnet.push(cv2.resize(thumb, (48, 27), interpolation=cv2.INTER_AREA))
+                    kept.append(inside)
+                if time < stop - 0.25 / source.fps:
+                    row = view.row(time, frame, thumb, first=not inside or not rows)
+                    if inside:
+                        rows.append(row)
+                        on_frame()
+    except av.FFmpegError as error:
+        raise BadVideo(f"decoding stopped at {rows[-1][0] if rows else begin:.2f} s ({reason(error)})") from None
+    if not rows:
+        raise BadVideo(f"no frame decodes between {begin:.2f} and {min(stop, source.seconds):.2f} s")
+    columns = [np.asarray(column, np.float32) for column in zip(*(row[1:-1] for row in rows), strict=True)]
+    cut = transnet.finish()[np.asarray(kept)] if transnet else np.full(len(rows), np.nan)
+    time, layout = np.asarray([row[0] for row in rows]), np.stack([row[-1] for row in rows])
+    return Signals(time, *columns[:5], layout, *columns[5:], cut.astype(np.float32))
+
+
+def whole(source: Source, parts: list[Signals]) -> Signals:
+    """The chunks of a video as one; BadVideo when over 1 % of its frames did not decode or time runs backwards."""
+    signals = Signals.joined(parts)
+    if len(signals) < 0.99 * source.num_packets:
+        raise BadVideo(f"it is damaged: {len(signals)} frames decode of about {source.num_packets}")
+    if (np.diff(signals.time) <= 0).any():
+        raise BadVideo("its presentation times do not increase; remux it, for example into .mp4")
+    return signals
+
+
+class _View:
+    """Turns frames into rows; remembers the frame before and the last sampled one."""
+
+    def __init__(self, source: Source) -> None:
+        import cv2
+        from av.video.reformatter import VideoReformatter
+
+        self._reformatter = VideoReformatter()  # kept: setting one up costs more than using it
+        self._flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+        self._every_s = max(1, round(source.fps / 8)) / source.fps
+        self._hsv: np.ndarray | None = None
+        self._luma: np.ndarray | None = None
+        self._sampled: tuple[int, np.ndarray] | None = None
+
+    def thumb(self, frame: Any) -> np.ndarray:
+        """uint8 RGB, short side 128 (enlarged if the video is smaller), not turned."""
+        scale = THUMB / min(frame.width, frame.height)
+        width, height = max(THUMB, round(frame.width * scale)), max(THUMB, round(frame.height * scale))
+        return self._reformatter.reformat(frame, width, height, format="rgb24", interpolation="AREA").to_ndarray()
+
+    def row(self, time: float, frame: Any, thumb: np.ndarray, *, first: bool) -> tuple[Any, ...]:
+        """The signals of a frame; `first` of a chunk's own frames has no sampled frame before it on this grid."""
+        import cv2
+
+        hsv, luma = cv2.cvtColor(thumb, cv2.COLOR_RGB2HSV), self._luma_of(frame)
+        content = luma_change = 0.0
+        if self._hsv is not None and self._luma is not None and self._luma.shape == luma.shape:
+            content = sum(cv2.mean(cv2.absdiff(hsv, self._hsv))[:3]) / 3
+            luma_change = cv2.norm(luma, self._luma, cv2.NORM_L1) / luma.size * self._luma_scale
+        self._hsv, self._luma = hsv, luma
+        grey = cv2.cvtColor(thumb, cv2.COLOR_RGB2GRAY)
+        mean, deviation = cv2.meanStdDev(grey)
+        layout = cv2.resize(thumb, (LAYOUT, LAYOUT), interpolation=cv2.INTER_AREA).reshape(-1)
+        flow = self._flow_to(time, grey)
+        return time, content, luma_change, mean[0, 0], deviation[0, 0], cv2.mean(hsv)[1], *flow, layout
+
+    def _flow_to(self, time: float, grey: np.ndarray) -> tuple[float, float, float]:
+        """(top-5 % magnitude, median x, median y) from the sampled frame before, NaN where nothing is sampled."""
+        import cv2
+
+        slot = int(time / self._every_s + 0.5)  # by time, not by count: chunks and variable rates keep one grid
+        if self._sampled is not None and (slot == self._sampled[0] or self._sampled[1].shape != grey.shape):
+            return (np.nan,) * 3
+        before, self._sampled = self._sampled, (slot, grey)
+        if before is None or slot != before[0] + 1:
+            return (np.nan,) * 3
+        flow = self._flow.calc(before[1], grey, None)
+        magnitude = cv2.magnitude(flow[..., 0], flow[..., 1]).ravel()
+        num_top = max(1, int(magnitude.size * TOP_SHARE))
+        top = np.partition(magnitude, -num_top)[-num_top:].mean()
+        coarse = np.median(flow[::4, ::4].reshape(-1, 2), axis=0)
+        return float(top), float(coarse[0]), float(coarse[1])
+
+    def _luma_of(self, frame: Any) -> np.ndarray:
+        """The luma plane as it lies in the frame when it has 8 bits, else converted grey; sets the scale to 0..255."""
+        name = frame.format.name
+        if name in _PLANAR_LUMA:
+            plane = frame.planes[0]
+            # AVCOL_RANGE_JPEG is 2; limited range spans 219 steps.
+            self._luma_scale = 1.0 if name.startswith("yuvj") or frame.color_range == 2 else 255 / 219
+            return np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
+        self._luma_scale = 1.0
+        return frame.reformat(format="gray").to_ndarray()
+
+
+_PLANAR_LUMA = {"yuv420p", "yuv422p", "yuv444p", "yuvj420p", "yuvj422p", "yuvj444p", "nv12", "nv21"}

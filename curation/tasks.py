@@ -1,0 +1,173 @@
+"""Tasks: the units of work that engines run in any process of any machine. They read videos and return values; no state.
+
+    ProbeTask   a file       -> Source
+    ScanTask    a chunk      -> its signals, as bytes
+    ClipTask    a video      -> its clips, and the scores of the stages that read signals
+    JudgeTask   some clips   -> the scores of the stages that look at frames, each stage only on what the rules left
+
+A task that fails for reasons in its input raises BadVideo, and trying again is no use. `split` cuts a task that failed
+otherwise into smaller ones, so that one bad clip does not take its neighbours along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vchitect_fast.curation.frames import BadVideo, clip_frames
+from vchitect_fast.curation.probe import Source, file_stamp, probe
+from vchitect_fast.curation.rules import Rule
+from vchitect_fast.curation.shots import ShotSettings, find_shots
+from vchitect_fast.curation.signals import Signals, scan, whole
+from vchitect_fast.curation.stage import ClipSpan, Sample, Scores, Stage
+from vchitect_fast.curation.stitch import StitchSettings, cut_long, embedding_of, spans_of, stitch
+
+FRAME_BYTES = 256 << 20  # of decoded frames that one batch of clips may hold
+
+
+@dataclass(frozen=True)
+class ProbeTask:
+    """What a file is; returns (stamp, Source). The stamp is taken first: a file that grows meanwhile is probed again."""
+
+    path: str
+
+    def run(self) -> tuple[str, Source]:
+        """Raises BadVideo."""
+        try:
+            stamp = str(file_stamp(self.path))
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            raise BadVideo(f"cannot read the file ({getattr(error, 'strerror', None) or error})") from None
+        return stamp, probe(self.path)
+
+    def split(self) -> list[Any]:
+        """A file is the smallest unit."""
+        return []
+
+
+@dataclass(frozen=True)
+class ScanTask:
+    """One decode of a chunk; returns the Parquet bytes of its Signals."""
+
+    source: Source
+    chunk: int
+    transnet: bool
+
+    def run(self) -> bytes:
+        """Raises BadVideo."""
+        detector = None
+        if self.transnet:
+            from vchitect_fast.curation.transnet import TransNet
+
+            detector = TransNet()
+        return scan(self.source, self.chunk, transnet=detector).to_bytes()
+
+    def split(self) -> list[Any]:
+        """A chunk is the smallest unit."""
+        return []
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The clips of a video, with how each came about and its scores by stage."""
+
+    spans: list[ClipSpan]
+    num_shots: list[int]
+    similarity: list[float | None]
+    scores: dict[str, list[Scores]]
+
+
+@dataclass(frozen=True)
+class ClipTask:
+    """Shots, events, clips of a video, and what its signals say of each clip."""
+
+    source: Source
+    signals: tuple[bytes, ...] = field(repr=False)  # of every chunk
+    shots: ShotSettings
+    stitching: StitchSettings
+    stages: tuple[Stage, ...]  # SignalStages
+
+    def run(self) -> Clips:
+        """Raises BadVideo when too few frames decoded."""
+        signals = whole(self.source, [Signals.from_bytes(part) for part in self.signals])
+        shots = find_shots(signals, self.source.fps, self.shots)
+        embed, num_frames = embedding_of(self.source, signals, self.stitching)
+        events = cut_long(stitch(shots, embed, num_frames, self.stitching), signals.time, self.stitching.max_seconds)
+        spans = spans_of(self.source, events)
+        samples = [Sample(span, [], {}, signals[span.first : span.last + 1]) for span in spans]
+        scores = {stage.name: stage.score(samples) for stage in self.stages}
+        return Clips(spans, [e.num_shots for e in events], [e.similarity for e in events], scores)
+
+    def split(self) -> list[Any]:
+        """A video is the smallest unit here."""
+        return []
+
+
+@dataclass(frozen=True)
+class JudgeTask:
+    """Frame stages on clips of one video, cheapest first; the frames that all of them want are decoded once.
+
+    `known` has the scores that exist already, by clip and stage; those are not computed again, and the rules apply to them
+    too. `run` returns only what is new: clip id -> stage -> scores.
+    """
+
+    spans: tuple[ClipSpan, ...]
+    stages: tuple[Stage, ...]
+    rules: tuple[Rule, ...]
+    known: Mapping[str, Mapping[str, Scores]]
+
+    def run(self) -> dict[str, dict[str, Scores]]:
+        """Raises BadVideo when a clip's frames do not decode, and whatever a stage raises."""
+        frames = {span.id: self._frames(span) for span in self.spans}
+        new: dict[str, dict[str, Scores]] = {span.id: {} for span in self.spans}
+        left = list(self.spans)
+        for stage in self.stages:
+            todo = [span for span in left if stage.name not in self.known[span.id]]
+            samples = [
+                Sample(span, frames[span.id][stage.name], {n: {**self.known[span.id], **new[span.id]}.get(n, {}) for n in stage.reads})
+                for span in todo
+            ]  # fmt: skip
+            for span, scores in zip(todo, stage.score(samples) if samples else [], strict=True):
+                new[span.id][stage.name] = scores
+            rules = [rule for rule in self.rules if rule.stage == stage.name]
+            left = [
+                span
+                for span in left
+                if all(r.keeps({**self.known[span.id], **new[span.id]}[stage.name].get(r.score)) for r in rules)
+            ]
+        return new
+
+    def _frames(self, span: ClipSpan) -> dict[str, list[np.ndarray]]:
+        """Stage name -> its frames, all from one decode."""
+        wants = {s.name: s.wants(span) for s in self.stages if s.name not in self.known[span.id]}
+        pictures = iter(clip_frames(span, [want for several in wants.values() for want in several]))
+        return {name: [next(pictures) for _ in several] for name, several in wants.items()}
+
+    def split(self) -> list[Any]:
+        """One task a clip."""
+        if len(self.spans) == 1:
+            return []
+        return [JudgeTask((span,), self.stages, self.rules, {span.id: self.known[span.id]}) for span in self.spans]
+
+
+def batches(spans: Sequence[ClipSpan], stages: Sequence[Stage], size: int) -> list[tuple[ClipSpan, ...]]:
+    """Clips of one video each, at most `size` together and no more frames than FRAME_BYTES (a single clip may exceed it)."""
+    found: list[list[ClipSpan]] = []
+    held = 0
+    for span in spans:
+        need = sum(_bytes(span, want.short_side) for stage in stages for want in stage.wants(span))
+        fits = found and found[-1][0].path == span.path and len(found[-1]) < size and held + need <= FRAME_BYTES
+        if fits:
+            found[-1].append(span)
+            held += need
+        else:
+            found.append([span])
+            held = need
+    return [tuple(batch) for batch in found]
+
+
+def _bytes(span: ClipSpan, short_side: int | None) -> int:
+    scale = min(1.0, (short_side or span.height) / min(span.width, span.height)) if short_side else 1.0
+    return int(3 * span.width * span.height * scale * scale)
