@@ -63,10 +63,12 @@ class Aesthetics(Stage):
 
     def score(self, samples: Sequence[Sample]) -> list[Scores]:
         """Scores about 1 to 10 (the head does not bound them)."""
+        if not samples:
+            return []
         tower = load_clip(self.clip, pick_device(self.device))
         direction, bias = load_head(self.head)
         frames = [frame for sample in samples for frame in sample.frames]
-        rated = (tower.image_embeddings(frames).astype(np.float64) @ direction + bias).tolist() if frames else []
+        rated = (tower.image_embeddings(frames).astype(np.float64) @ direction + bias).tolist()
         scores: list[Scores] = []
         for sample in samples:
             own, rated = rated[: len(sample.frames)], rated[len(sample.frames) :]

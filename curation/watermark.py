@@ -61,6 +61,8 @@ class Watermark(Stage):
 
     def score(self, samples: Sequence[Sample]) -> list[Scores]:
         """probabilities: one a frame; probability: the largest; watermarked: whether in any it exceeds that of "clear"."""
+        if not samples:
+            return []
         model = load_watermark_model(self.model, pick_device(self.device))
         frames = [frame for sample in samples for frame in sample.frames]
         rated = in_chunks(lambda part: model(part).softmax(1), watermark_pixels(frames), pick_device(self.device))

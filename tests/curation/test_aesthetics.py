@@ -5,6 +5,7 @@ pytest tests/curation/test_aesthetics.py
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ def test_the_key_follows_the_weights_and_not_their_place(folders: dict[str, str]
     stage = Aesthetics(folders["clip"], folders["head"])
     moved = tmp_path / "moved.pth"
     moved.write_bytes((Path(folders["head"]) / "sac+logos+ava1-l14-linearMSE.pth").read_bytes())
-    assert Aesthetics(folders["clip"], str(moved), device="cpu").key() == stage.key()
+    clip = shutil.copytree(folders["clip"], tmp_path / "clip")
+    assert Aesthetics(str(clip), str(moved), device="cpu").key() == stage.key()
     state = published_head().state_dict()
     torch.save(state | {"layers.7.bias": state["layers.7.bias"] + 1}, tmp_path / "other.pth")
     assert Aesthetics(folders["clip"], str(tmp_path / "other.pth")).key() != stage.key()

@@ -19,16 +19,8 @@ from close import assert_close_to_exact
 from real_video import bikes
 from torch import Tensor, nn
 
-from vchitect_fast.curation.clip_model import (
-    Clip,
-    clip_pixels,
-    in_chunks,
-    load_clip,
-    load_viclip,
-    pick_device,
-    viclip_pixels,
-    weight_file,
-)
+from vchitect_fast.curation import clip_model
+from vchitect_fast.curation.clip_model import Clip, clip_pixels, in_chunks, load_clip, load_viclip, viclip_pixels
 from vchitect_fast.curation.frames import clip_frames
 from vchitect_fast.curation.stage import ClipSpan, Want
 from vchitect_fast.errors import UserError
@@ -305,15 +297,17 @@ def test_a_folder_of_another_model_is_refused(clip_folder: Path, tmp_path: Path,
 
 def test_one_file_of_weights_must_be_meant(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="got no such file or folder"):
-        weight_file(str(tmp_path / "absent"))
+        clip_model.weight_file(str(tmp_path / "absent"))
     with pytest.raises(UserError, match="got none"):
-        weight_file(str(tmp_path))
+        clip_model.weight_file(str(tmp_path))
     (tmp_path / "b.pth").touch()
     (tmp_path / "notes.txt").touch()
-    assert weight_file(str(tmp_path)) == weight_file(str(tmp_path / "b.pth")) == tmp_path / "b.pth"
+    assert (
+        clip_model.weight_file(str(tmp_path)) == clip_model.weight_file(str(tmp_path / "b.pth")) == tmp_path / "b.pth"
+    )
     (tmp_path / "a.safetensors").touch()
     with pytest.raises(UserError, match=r"got a.safetensors, b.pth; name the file"):
-        weight_file(str(tmp_path))
+        clip_model.weight_file(str(tmp_path))
 
 
 class _Touch:
@@ -377,13 +371,18 @@ def test_a_model_is_loaded_once_a_process(clip_folder: Path, viclip_file: Path) 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert [pick_device(name) for name in ("auto", "cpu", "cuda", "cuda:0")] == ["cuda", "cpu", "cuda", "cuda:0"]
+    assert [clip_model.pick_device(name) for name in ("auto", "cpu", "cuda", "cuda:0")] == [
+        "cuda",
+        "cpu",
+        "cuda",
+        "cuda:0",
+    ]
     with pytest.raises(UserError, match="'cuda:1' is not here: torch sees 1"):
-        pick_device("cuda:1")
+        clip_model.pick_device("cuda:1")
     with pytest.raises(UserError, match="got 'gpu'"):
-        pick_device("gpu")
+        clip_model.pick_device("gpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert pick_device("auto") == "cpu"
+    assert clip_model.pick_device("auto") == "cpu"
 
 
 @pytest.mark.parametrize(("library", "extra"), [("transformers", "models"), ("cv2", "curation")])

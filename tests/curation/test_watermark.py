@@ -81,6 +81,7 @@ def test_probabilities_are_those_of_the_original(model_file: Path) -> None:
         assert scores["probability"] == max(scores["probabilities"])
         assert scores["watermarked"] == bool((own[:, 0] > own[:, 1]).any())
     assert found == [stage.score([one])[0] for one in samples], "a clip's scores depend on its neighbours"
+    assert stage.score([]) == []
 
 
 @pytest.mark.parametrize(("bias", "expected"), [([9.0, 0.0], True), ([0.0, 9.0], False)])
