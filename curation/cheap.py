@@ -112,7 +112,7 @@ class DisMotion(SignalStage):
     version: ClassVar[int] = SIGNALS
     cost: ClassVar[float] = 0.3
     columns: ClassVar[Mapping[str, type]] = COLUMNS
-    main: ClassVar[str] = "flow"
+    main: ClassVar[str] = "degree"
     rules: ClassVar[Mapping[str, str]] = {"dynamic": "== true"}
 
     def score(self, samples: Sequence[Sample]) -> list[Scores]:

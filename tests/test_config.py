@@ -82,7 +82,7 @@ def test_an_unknown_field_gets_the_nearest(name: str, said: str) -> None:
 def test_a_value_of_another_type_is_refused(name: str, value: object, kind: str) -> None:
     with pytest.raises(UserError) as caught:
         TrainConfig.from_dict({**BASE, name: value})
-    assert str(caught.value) == f"{name} must be of type {kind}, got {value!r}; correct it in the run's YAML."
+    assert str(caught.value) == f"{name} must be of type {kind}, got {value!r}; correct it in the YAML."
 
 
 def test_missing_fields_are_all_named() -> None:

@@ -79,7 +79,7 @@ class TrainConfig:
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         """Read a YAML file, then apply `name=value` overrides (values are YAML too)."""
         try:
-            values = _read_yaml(str(path), Path(path).read_bytes())
+            values = read_yaml(str(path), Path(path).read_bytes())
         except OSError as error:
             raise UserError(
                 f"cannot read the run file {path} ({error.strerror}); write one as `vchitect-fast train --help` shows."
@@ -92,7 +92,7 @@ class TrainConfig:
             name, equals, text = override.partition("=")
             if not equals:
                 raise UserError(f"an override is name=value, got {override!r}; for example steps=500.")
-            values[name.strip()] = _read_yaml(repr(override), text)
+            values[name.strip()] = read_yaml(repr(override), text)
         return cls.from_dict(values)
 
     @classmethod
@@ -107,10 +107,11 @@ class TrainConfig:
             raise UserError(
                 f"the run lacks {', '.join(missing)}; add it to the YAML or as {missing[0]}=... on the command line."
             )
-        return cls(**{name: _typed(name, str(known[name].type), value) for name, value in values.items()})
+        return cls(**{name: typed(name, str(known[name].type), value) for name, value in values.items()})
 
 
-def _read_yaml(origin: str, content: str | bytes) -> Any:
+def read_yaml(origin: str, content: str | bytes) -> Any:
+    """Plain values of YAML text; UserError naming `origin` when it is none."""
     import yaml
 
     try:
@@ -119,7 +120,7 @@ def _read_yaml(origin: str, content: str | bytes) -> Any:
         raise UserError(f"{origin} is not YAML ({' '.join(str(error).split())}); correct it.") from None
 
 
-def _typed(name: str, kind: str, value: Any) -> Any:
+def typed(name: str, kind: str, value: Any) -> Any:
     """The value as the field's type; YAML reads 1e-4 as text and 8 as an int, which both mean a float here."""
     if value is None and "None" in kind:
         return None
@@ -133,7 +134,7 @@ def _typed(name: str, kind: str, value: Any) -> Any:
             return number
     elif isinstance(value, base) and not (base is int and isinstance(value, bool)):
         return value
-    raise UserError(f"{name} must be of type {kind}, got {value!r}; correct it in the run's YAML.")
+    raise UserError(f"{name} must be of type {kind}, got {value!r}; correct it in the YAML.")
 
 
 def describe_fields() -> str:

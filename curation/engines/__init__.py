@@ -7,6 +7,7 @@ Both engines run the same tasks (tasks.py) and so give the same values.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -32,6 +33,7 @@ class Outcome:
     value: Any
     reason: str | None
     attempts: int
+    cpu_s: float = 0.0  # processor seconds of the attempt that gave the value
 
 
 class Engine(Protocol):
@@ -46,13 +48,15 @@ class Engine(Protocol):
         """Let the workers go."""
 
 
-def attempt(task: Task) -> tuple[str, Any]:
-    """Run a task where it is: ("value", v), ("bad", reason) that no retry mends, or ("error", reason)."""
+def attempt(task: Task) -> tuple[str, Any, float]:
+    """Run a task where it is: ("value", v), ("bad", reason) that no retry mends, or ("error", reason), and processor seconds."""
     from vchitect_fast.curation.frames import BadVideo
 
+    began = time.process_time()
     try:
-        return "value", task.run()
+        value = task.run()
+        return "value", value, time.process_time() - began
     except BadVideo as error:
-        return "bad", str(error)
+        return "bad", str(error), 0.0
     except Exception as error:
-        return "error", f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+        return "error", f"{type(error).__name__}: {' '.join(str(error).split())}"[:500], 0.0

@@ -72,9 +72,9 @@ class LocalEngine:
             for worker, result in self._ended():
                 assert worker.job
                 (task, number), worker.job = worker.job, None
-                kind, value = result
+                kind, value, cpu_s = result
                 if kind == "value":
-                    yield Outcome(task, value, None, number)
+                    yield Outcome(task, value, None, number, cpu_s)
                 elif kind == "bad":
                     yield Outcome(task, None, value, number)
                 elif smaller := task.split():
@@ -109,7 +109,7 @@ class LocalEngine:
         except (BrokenPipeError, ConnectionResetError):
             pass  # dead: `_ended` finds it by its sentinel
 
-    def _ended(self) -> list[tuple[_Worker, tuple[str, Any]]]:
+    def _ended(self) -> list[tuple[_Worker, tuple[str, Any, float]]]:
         """Waits until a task ends, by its result, its worker's death or the time limit."""
         busy = [worker for worker in self._workers if worker.job is not None]
         wait([*(w.pipe for w in busy), *(w.process.sentinel for w in busy)], timeout=5.0)
@@ -122,11 +122,11 @@ class LocalEngine:
             except (EOFError, ConnectionResetError):
                 worker.process.join()
             if not worker.process.is_alive():
-                found.append((worker, ("error", f"the worker died ({_how(worker.process.exitcode)})")))
+                found.append((worker, ("error", f"the worker died ({_how(worker.process.exitcode)})", 0.0)))
                 self._bury(worker)
             elif time.monotonic() - worker.since > TASK_LIMIT_S:
                 self._bury(worker)
-                found.append((worker, ("error", f"no result within {TASK_LIMIT_S:.0f} s")))
+                found.append((worker, ("error", f"no result within {TASK_LIMIT_S:.0f} s", 0.0)))
         return found
 
     def _bury(self, worker: _Worker) -> None:

@@ -1,0 +1,362 @@
+"""The pipeline: files -> sources -> signals -> clips -> scores, cheapest first, each stage only on what is left.
+
+    probe    every file is read once                           a task a file
+    scan     every video is decoded once                       a task a chunk
+    clips    shots, events, and the scores that need no picture; then near-duplicates over the whole set
+    judge    the stages that look at frames, on survivors      a task a batch of clips of one video
+    caption  the captioner, on what every other stage left
+
+What is in the store is not computed again. A task that fails is retried by the engine and then named in quarantine, and the
+run goes on. It decides nothing about the outcome's files: that is outputs.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from vchitect_fast.curation import signals
+from vchitect_fast.curation.duplicates import duplicates
+from vchitect_fast.curation.engines import Engine, Outcome
+from vchitect_fast.curation.inputs import stamp_of
+from vchitect_fast.curation.probe import Source
+from vchitect_fast.curation.progress import Progress
+from vchitect_fast.curation.settings import DUPLICATE, Settings
+from vchitect_fast.curation.stage import ClipSpan, Scores, Stage
+from vchitect_fast.curation.store import Store
+from vchitect_fast.curation.tasks import Clips, ClipTask, JudgeTask, ProbeTask, ScanTask, batches
+
+VERSION = 1  # of shots and stitching: raised whenever the same signals give other clips
+BATCH = 16  # clips a judge task
+FLUSH_S = 5.0  # results older than this are on disk: what a kill of the driver can lose
+SOURCE_COLUMNS: dict[str, type] = {
+    "path": str, "stamp": str, "video": str, "num_bytes": int, "width": int, "height": int, "fps": float,
+    "num_packets": int, "seconds": float, "codec": str, "pixel_format": str, "chunks": list,
+}  # fmt: skip
+CLIP_COLUMNS: dict[str, type] = {
+    "video": str, "clip": str, "first": int, "last": int, "start": float, "end": float, "num_shots": int, "similarity": float,
+}  # fmt: skip
+QUARANTINE_COLUMNS: dict[str, type] = {
+    "path": str, "video": str, "clip": str, "stage": str, "key": str, "reason": str, "attempts": int,
+}  # fmt: skip
+
+
+@dataclass
+class Found:
+    """All that a curation knows of its videos: what outputs.py writes down."""
+
+    sources: dict[str, Source] = field(default_factory=dict)  # video id -> the first file with these bytes
+    copies: dict[str, list[str]] = field(default_factory=dict)  # video id -> other files with the same bytes
+    clips: dict[str, list[tuple[ClipSpan, int, float | None]]] = field(
+        default_factory=dict
+    )  # video -> span, shots, likeness
+    scores: dict[str, dict[str, Scores]] = field(default_factory=dict)  # clip id -> stage -> scores
+    quarantine: list[dict[str, Any]] = field(default_factory=list)
+
+    def spans(self) -> Iterator[ClipSpan]:
+        """Every clip, video by video."""
+        for clips in self.clips.values():
+            yield from (span for span, _, _ in clips)
+
+
+class Pipeline:
+    """One run over `paths` (files or URLs) in an open store."""
+
+    def __init__(
+        self, store: Store, settings: Settings, engine: Engine, progress: Progress, *, retry: bool = False
+    ) -> None:
+        """`retry` tries again what is in quarantine."""
+        self._store, self._settings, self._engine, self._progress = store, settings, engine, progress
+        self._found = Found()
+        self._keys = settings.keys()
+        shots = settings.shots
+        self._transnet = shots.backend == "transnet"
+        self._scan_key = digest(signals.VERSION, self._transnet and _transnet_weights())
+        stitch_key = settings.stitch.backend, _stitch_weights(settings), asdict(settings.stitch) | {"device": ""}
+        self._clip_key = digest(VERSION, self._scan_key, asdict(shots), stitch_key)
+        if retry:
+            store.forget("quarantine")
+        rows = store.rows("quarantine", QUARANTINE_COLUMNS)
+        self._bad = {(row["path"], row["clip"], row["key"]): row for row in rows}
+
+    def run(self, paths: Sequence[str]) -> Found:
+        """Everything, in order."""
+        self._probe(paths)
+        self._scan_and_clip()
+        self._load_scores(self._settings.stages)
+        self._duplicates()
+        self._judge("judge", self._settings.frame_stages)
+        self._judge("caption", self._settings.caption_stages, num_workers=1)
+        return self._found
+
+    # Files -> sources
+
+    def _probe(self, paths: Sequence[str]) -> None:
+        rows = self._store.rows("sources", SOURCE_COLUMNS)
+        known = {(row["path"], row["stamp"]): row for row in rows}
+        todo: list[ProbeTask] = []
+        for path in self._progress.over("files", paths):
+            stamp = stamp_of(path)
+            if (path, stamp) in known:
+                self._add_source(_source(known[path, stamp]))
+            elif not self._is_bad(path, None, f"probe {stamp}"):
+                todo.append(ProbeTask(path))
+        fresh: list[dict[str, Any]] = []
+        for outcome in self._work("probe", todo, len(todo), fresh, "sources", SOURCE_COLUMNS):
+            if outcome.reason is not None:
+                self._quarantine(outcome.task.path, "", None, "probe", f"probe {stamp_of(outcome.task.path)}", outcome)
+            else:
+                stamp, source = outcome.value
+                fresh.append({**asdict(source), "stamp": stamp})
+                self._add_source(source)
+
+    def _add_source(self, source: Source) -> None:
+        """The path that sorts first stands for all files with these bytes."""
+        sources, copies = self._found.sources, self._found.copies.setdefault(source.video, [])
+        other = sources.get(source.video)
+        if other is None or source.path < other.path:
+            sources[source.video] = source
+        if other is not None:
+            copies.append(max(source.path, other.path))
+
+    # Sources -> signals -> clips
+
+    def _scan_and_clip(self) -> None:
+        done = self._known_clips()
+        todo = [
+            s
+            for s in self._found.sources.values()
+            if s.video not in done and not self._is_bad(s.path, None, self._scan_key)
+        ]
+        missing = [
+            ScanTask(source, chunk, self._transnet)
+            for source in todo
+            for chunk in range(len(source.chunks))
+            if not self._store.signals_path(self._scan_key, source.video, chunk).exists()
+        ]
+        failed: set[str] = set()
+        seconds = sum(_chunk_seconds(task) for task in missing)
+        for outcome in self._work("scan", missing, seconds, measure=_chunk_seconds, unit="video-s"):
+            source = outcome.task.source
+            if outcome.reason is not None and source.video not in failed:
+                failed.add(source.video)
+                self._quarantine(source.path, source.video, None, "scan", self._scan_key, outcome)
+            elif outcome.reason is None:
+                path = self._store.signals_path(self._scan_key, source.video, outcome.task.chunk)
+                self._store.write_signals(path, outcome.value)
+        ready = [source for source in todo if source.video not in failed]
+        fresh: list[dict[str, Any]] = []
+        stages = self._settings.signal_stages
+        for outcome in self._work(
+            "clips", self._clip_tasks(ready, stages), len(ready), fresh, f"clips/{self._clip_key}", CLIP_COLUMNS
+        ):
+            source = outcome.task.source
+            if outcome.reason is not None:
+                self._quarantine(source.path, source.video, None, "clips", self._scan_key, outcome)
+                continue
+            found: Clips = outcome.value
+            for number, stage in enumerate(stages):
+                rows = [
+                    {"clip": s.id, **scores} for s, scores in zip(found.spans, found.scores[stage.name], strict=True)
+                ]
+                self._append_scores(stage, rows)
+                del number
+            fresh += _clip_rows(source, found)
+            self._found.clips[source.video] = list(zip(found.spans, found.num_shots, found.similarity, strict=True))
+
+    def _known_clips(self) -> set[str]:
+        """Videos whose clips, and whose clips' signal scores, are in the store; they are added to what was found."""
+        by_video: dict[str, list[dict[str, Any]]] = {}
+        for row in self._store.rows(f"clips/{self._clip_key}", CLIP_COLUMNS):
+            if row["video"] in self._found.sources:
+                by_video.setdefault(row["video"], []).append(row)
+        judged = [
+            {row["clip"] for row in self._store.rows(self._table(stage), {"clip": str})}
+            for stage in self._settings.signal_stages
+        ]
+        for video, rows in by_video.items():
+            rows = sorted((row for row in rows if row["clip"]), key=lambda row: row["first"])
+            if all(row["clip"] in clips for row in rows for clips in judged):
+                source = self._found.sources[video]
+                self._found.clips[video] = [(_span(source, row), row["num_shots"], row["similarity"]) for row in rows]
+        return set(self._found.clips)
+
+    def _clip_tasks(self, sources: Iterable[Source], stages: tuple[Stage, ...]) -> Iterator[ClipTask]:
+        for source in sources:
+            parts = tuple(
+                self._store.signals_path(self._scan_key, source.video, chunk).read_bytes()
+                for chunk in range(len(source.chunks))
+            )
+            yield ClipTask(source, parts, self._settings.shots, self._settings.stitch, stages)
+
+    # Clips -> scores
+
+    def _load_scores(self, stages: Iterable[Stage]) -> None:
+        """What the store has of the clips at hand."""
+        for span in self._found.spans():
+            self._found.scores.setdefault(span.id, {})
+        for stage in stages:
+            for row in self._store.rows(self._table(stage), {"clip": str, **stage.columns}):
+                if row["clip"] in self._found.scores:
+                    self._found.scores[row.pop("clip")][stage.name] = row
+
+    def _survivors(self, stages: Sequence[Stage]) -> list[ClipSpan]:
+        """Clips that the rules of these stages, and of duplicates where they are known, keep."""
+        names = {stage.name for stage in stages} | {DUPLICATE.stage}
+        rules = [rule for rule in (*self._settings.rules, DUPLICATE) if rule.stage in names]
+        left = []
+        for span in self._found.spans():
+            scores = self._found.scores[span.id]
+            if all(rule.keeps(scores[rule.stage].get(rule.score)) for rule in rules if rule.stage in scores) and all(
+                stage.name in scores for stage in stages
+            ):
+                left.append(span)
+        return left
+
+    def _duplicates(self) -> None:
+        if "signature" not in self._keys:
+            return
+        scores = self._found.scores
+        left = self._survivors(self._settings.signal_stages)
+        twins = duplicates((span, scores[span.id]["signature"]["bits"]) for span in left)
+        for span in left:
+            scores[span.id][DUPLICATE.stage] = {"unique": span.id not in twins, "of": twins.get(span.id)}
+
+    def _judge(self, name: str, stages: tuple[Stage, ...], num_workers: int | None = None) -> None:
+        if not stages:
+            return
+        before = [*self._settings.signal_stages, *(self._settings.frame_stages if name == "caption" else ())]
+        key = digest(*(self._keys[stage.name] for stage in stages))
+        scores = self._found.scores
+        todo = [
+            span
+            for span in self._survivors(before)
+            if self._undecided(scores[span.id], stages) and not self._is_bad(span.path, span.id, key)
+        ]
+        tasks = [
+            JudgeTask(batch, stages, self._settings.rules, {span.id: scores[span.id] for span in batch})
+            for batch in batches(todo, stages, BATCH)
+        ]
+        for outcome in self._work(
+            name, tasks, len(todo), measure=lambda task: len(task.spans), unit="clips", num_workers=num_workers
+        ):
+            if outcome.reason is not None:
+                for span in outcome.task.spans:
+                    self._quarantine(span.path, span.id.split("-")[0], span.id, name, key, outcome)
+                continue
+            for stage in stages:
+                rows = [{"clip": clip, **new[stage.name]} for clip, new in outcome.value.items() if stage.name in new]
+                self._append_scores(stage, rows)
+            for clip, new in outcome.value.items():
+                scores[clip].update(new)
+
+    def _undecided(self, scores: dict[str, Scores], stages: Sequence[Stage]) -> bool:
+        """Whether a clip lacks a score that no rule of an earlier stage has made needless."""
+        for stage in stages:
+            if stage.name not in scores:
+                return True
+            if not all(r.keeps(scores[stage.name].get(r.score)) for r in self._settings.rules if r.stage == stage.name):
+                return False
+        return False
+
+    # Tables
+
+    def _work(
+        self, name: str, tasks: Iterable[Any], total: float, rows: list[dict[str, Any]] | None = None, table: str = "",
+        columns: dict[str, type] | None = None, *, measure: Any = None, unit: str = "", num_workers: int | None = None,
+    ) -> Iterator[Outcome]:  # fmt: skip
+        """Outcomes of tasks with a progress bar; `rows` that the caller fills go to `table` every few seconds."""
+        self._pending: dict[str, tuple[list[dict[str, Any]], dict[str, type]]] = {}
+        if rows is not None and columns is not None:
+            self._pending[table] = (rows, columns)
+        flushed = time.monotonic()
+        with self._progress.phase(name, total, unit) as advance:
+            for outcome in self._engine.run(tasks, num_workers):
+                yield outcome
+                advance(measure(outcome.task) if measure else 1, outcome.cpu_s)
+                if time.monotonic() - flushed > FLUSH_S:
+                    self._flush()
+                    flushed = time.monotonic()
+            self._flush()
+
+    def _flush(self) -> None:
+        # Scores before the clips that say "done": a kill between the two computes again and loses nothing.
+        for table in sorted(self._pending, key=lambda name: not name.startswith("scores")):
+            rows, columns = self._pending[table]
+            self._store.append(table, rows, columns)
+            rows.clear()
+
+    def _append_scores(self, stage: Stage, rows: list[dict[str, Any]]) -> None:
+        columns: dict[str, type] = {"clip": str, **stage.columns, "backend": str, "weights": str, "parameters": dict}
+        pending, _ = self._pending.setdefault(self._table(stage), ([], columns))
+        facts = {"backend": stage.backend, "weights": stage.weights, "parameters": stage.parameters()}
+        pending += [{**row, **facts} for row in rows]
+
+    def _table(self, stage: Stage) -> str:
+        return f"scores/{stage.name}/{self._keys[stage.name]}"
+
+    def _is_bad(self, path: str, clip: str | None, key: str) -> bool:
+        """Whether this is in quarantine; it is then part of what was found."""
+        row = self._bad.get((path, clip, key))
+        if row:
+            self._found.quarantine.append(row)
+        return row is not None
+
+    def _quarantine(self, path: str, video: str, clip: str | None, stage: str, key: str, outcome: Outcome) -> None:
+        row = dict(
+            zip(QUARANTINE_COLUMNS, (path, video, clip, stage, key, outcome.reason, outcome.attempts), strict=True)
+        )
+        self._found.quarantine.append(row)
+        self._pending.setdefault("quarantine", ([], QUARANTINE_COLUMNS))[0].append(row)
+
+
+def digest(*parts: Any) -> str:
+    """16 hex digits over JSON."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _source(row: dict[str, Any]) -> Source:
+    return Source(
+        **{name: row[name] for name in SOURCE_COLUMNS if name not in ("stamp", "chunks")}, chunks=tuple(row["chunks"])
+    )
+
+
+def _span(source: Source, row: dict[str, Any]) -> ClipSpan:
+    frames = (row["first"], row["last"], row["start"], row["end"])
+    return ClipSpan(row["clip"], source.path, *frames, source.width, source.height, source.fps)
+
+
+def _clip_rows(source: Source, found: Clips) -> list[dict[str, Any]]:
+    rows = [
+        {"video": source.video, "clip": s.id, "first": s.first, "last": s.last, "start": s.start, "end": s.end,
+         "num_shots": num_shots, "similarity": similarity}
+        for s, num_shots, similarity in zip(found.spans, found.num_shots, found.similarity, strict=True)
+    ]  # fmt: skip
+    return rows or [{"video": source.video, "clip": None}]
+
+
+def _chunk_seconds(task: ScanTask) -> float:
+    edges = (*task.source.chunks, task.source.seconds)
+    return max(0.0, edges[task.chunk + 1] - edges[task.chunk])
+
+
+def _transnet_weights() -> str:
+    from vchitect_fast.curation.transnet import VERSION as network
+    from vchitect_fast.curation.transnet import transnet_weights
+
+    return f"{network} {transnet_weights()}"
+
+
+def _stitch_weights(settings: Settings) -> str:
+    from vchitect_fast.curation.embedding import ClipEmbedding, LayoutEmbedding, ViclipEmbedding
+
+    stitch = settings.stitch
+    if stitch.backend == "none":
+        return ""
+    if stitch.backend == "layout":
+        return LayoutEmbedding().key()
+    return {"clip": ClipEmbedding, "viclip": ViclipEmbedding}[stitch.backend](stitch.weights).key()
