@@ -51,6 +51,7 @@ class Cut:
     encoder: str  # "" for a copy
     why: str  # why a clip to copy was cut exactly, else ""
     skipped: int  # frames of the clip before the first one written
+    begin: float  # seconds in the source of the first one written
     num_frames: int
     end: float  # seconds: 0 <= t < end
     fps: float
@@ -68,6 +69,11 @@ class Packets:
     frames: list[int]  # of the clip, ascending
     seek: int | None  # where the demuxer was sent, None for the beginning
     codec: str
+
+    @property
+    def key(self) -> int | None:
+        """Presentation time of the last key frame at or before the clip's first frame."""
+        return max((pts for pts, key in self.order if key and pts <= self.frames[0]), default=None)
 
     def seconds(self, pts: int) -> float:
         """Seconds from the first frame of the file."""
@@ -97,7 +103,7 @@ def cut(span: Span, out: Path, mode: str, encoder: Encoder, stamp: str, threads:
     with whole_file(out) as partial:
         reasons = []
         # A seek can land behind the key frame; only a decode from the beginning decides.
-        for seek in [True, False] if _last_key(packets) is not None else [False]:
+        for seek in [True, False] if packets.seek is not None and packets.key is not None else [False]:
             try:
                 _encode(span, packets, seek, partial, encoder, _comment(planned, stamp), threads)
                 return _checked(partial, planned, packets, packets.frames)
@@ -132,9 +138,11 @@ def scan(span: Span) -> Packets:
     import av
 
     try:
-        packets = _scan(span, seek=span.start > 0)
-        if packets.seek is not None and (not packets.frames or not any(key for _, key in packets.order[:1])):
-            packets = _scan(span, seek=False)
+        # Where a file has no table of key frames (.ts), a seek comes out anywhere: try from further back, at last from 0.
+        for back_s in (0.0, 5.0, 20.0, math.inf):
+            packets = _scan(span, max(0.0, span.start - back_s))
+            if packets.seek is None or (packets.frames and packets.key is not None):
+                break
     except av.FFmpegError as error:
         raise BadVideo(f"reading stopped ({error.strerror or error})") from None
     if len(packets.frames) != span.num_frames:
@@ -144,13 +152,14 @@ def scan(span: Span) -> Packets:
     return packets
 
 
-def _scan(span: Span, *, seek: bool) -> Packets:
+def _scan(span: Span, begin_s: float) -> Packets:
+    """From the last key frame before `begin_s`, or wherever a seek to it comes out."""
     order: list[tuple[int, bool]] = []
     with _opened(span.path) as container:
         stream = container.streams.video[0]
         base = Fraction(stream.time_base.numerator, stream.time_base.denominator)
         origin = stream.start_time or 0
-        target = origin + math.floor(span.start / base) if seek else None
+        target = origin + math.floor(begin_s / base) if begin_s > 0 else None
         if target is not None:
             container.seek(target, stream=stream)
         beyond = origin + math.ceil((max(span.end, span.start) + 1 / span.fps) / base)
@@ -179,12 +188,6 @@ def _shown(container: Any, stream: Any) -> Iterator[Any]:
         if packet.pts is None:
             raise BadVideo("its frames carry no presentation times; remux it, for example into .mp4")
         yield packet
-
-
-def _last_key(packets: Packets) -> int | None:
-    """Presentation time of the last key frame at or before the clip, None when the clip begins with the file."""
-    keys = [pts for pts, key in packets.order if key and pts <= packets.frames[0]]
-    return max(keys) if keys and packets.seek is not None else None
 
 
 def _whole_groups(packets: Packets) -> tuple[list[int], str]:
@@ -221,7 +224,8 @@ def _planned(span: Span, packets: Packets, frames: list[int], mode: str, encoder
     # A row of one frame may say end = start.
     seconds = end - packets.seconds(first) if end > packets.seconds(last) else float(length) + 1 / fps
     # Differences of decimal seconds: 0.28, not 0.27999999999999936.
-    return Cut(mode, encoder, why, packets.frames.index(first), len(frames), round(seconds, 9), fps, 0, 0)
+    skipped, begin = packets.frames.index(first), packets.seconds(first)
+    return Cut(mode, encoder, why, skipped, begin, len(frames), round(seconds, 9), fps, 0, 0)
 
 
 def _comment(planned: Cut, stamp: str) -> str:
@@ -234,8 +238,8 @@ def _encode(span: Span, packets: Packets, seek: bool, out: Path, encoder: Encode
     if min(width, height) < 2:
         raise BadVideo(f"4:2:0 video needs two pixels a side, it has {width}x{height}")
     begin: list[str] = []
-    if seek and (key := _last_key(packets)) is not None:
-        begin = ["-seek_timestamp", "1", "-noaccurate_seek", "-ss", f"{float(key * packets.base):.6f}"]
+    if seek and packets.key is not None:
+        begin = ["-seek_timestamp", "1", "-noaccurate_seek", "-ss", f"{float(packets.key * packets.base):.6f}"]
     filters = [
         f"settb=expr={packets.base.numerator}/{packets.base.denominator}",
         f"trim=start_pts={packets.frames[0]}:end_pts={packets.frames[-1] + 1}",
@@ -343,3 +347,29 @@ def _opened(path: str) -> Iterator[Any]:
             raise BadVideo("it has no video stream")
         container.streams.video[0].codec_context.options = {"err_detect": "explode"}
         yield container
+
+
+def probe_clip(path: str) -> dict[str, float | int]:
+    """start, end (s), num_frames, width, height, fps of a whole video file, from its packets and its first frame.
+
+    Raises BadVideo.
+    """
+    import av
+
+    try:
+        with _opened(path) as container:
+            stream = container.streams.video[0]
+            base = Fraction(stream.time_base.numerator, stream.time_base.denominator)
+            rate = stream.average_rate or stream.guessed_rate
+            guessed = rate.numerator / rate.denominator if rate else 1.0
+            times = sorted(packet.pts for packet in _shown(container, stream))
+        with _opened(path) as container:
+            size = _size(next(container.decode(video=0)))
+    except av.FFmpegError as error:
+        raise BadVideo(f"it does not decode ({error.strerror or error})") from None
+    except StopIteration:
+        raise BadVideo("no frame decodes") from None
+    length = (times[-1] - times[0]) * base
+    fps = float((len(times) - 1) / length) if length else guessed
+    end = round(float(length) + 1 / fps, 9)
+    return {"start": 0.0, "end": end, "num_frames": len(times), "width": size[0], "height": size[1], "fps": fps}
