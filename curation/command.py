@@ -157,6 +157,6 @@ def _index(words: list[str]) -> int:
 
 
 # What cli.py gives the rest of the line to when it is the first word after the command.
-VERBS: dict[str, Callable[[list[str]], int]] = {
+SUBCOMMANDS: dict[str, Callable[[list[str]], int]] = {
     "report": _report, "what-if": _what_if, "compare": _compare, "export": _export, "index": _index,
 }  # fmt: skip

@@ -111,7 +111,7 @@ def test_abilities_follow_the_findings(examined: list[Finding]) -> None:
     lacking = ability(all_ok(examined, diffusers=MISSING), "sd3 codec")
     assert (lacking.works, lacking.how, lacking.remedy) == (False, "diffusers is missing", "pip install -e '.[sd3]'")
     assert not ability(all_ok(examined, torch=BROKEN), "train, sample").works
-    assert ability(all_ok(examined, scenedetect=MISSING), "curate: cut shots").remedy == "pip install -e '.[curation]'"
+    assert ability(all_ok(examined, scenedetect=MISSING), "curate").remedy == "pip install -e '.[curation]'"
 
 
 def test_json_and_exit_code(

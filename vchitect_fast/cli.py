@@ -1,6 +1,6 @@
 """vchitect-fast: the table of commands. Only the module of the chosen command is imported.
 
-A command is a module with `add_arguments(parser)` and `run(args) -> int`; `VERBS`, where it has them, are functions that take
+A command is a module with `add_arguments(parser)` and `run(args) -> int`; `SUBCOMMANDS`, where it has them, are functions that take
 the words after their name. Exit codes: 0 done, 1 done but with a doubt that
 the command names, 2 a mistake that the user can mend, memory that ran out included (one sentence on stderr), 130 stopped
 with Ctrl-C.
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         parser, module = parser_of(arguments[0])
         prefix = parser.prog
-        if verb := getattr(module, "VERBS", {}).get(arguments[1] if len(arguments) > 1 else None):
+        if verb := getattr(module, "SUBCOMMANDS", {}).get(arguments[1] if len(arguments) > 1 else None):
             return verb(arguments[2:])
         return module.run(parser.parse_args(arguments[1:]))  # type: ignore[attr-defined]
     except UserError as error:

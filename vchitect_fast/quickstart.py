@@ -62,9 +62,9 @@ COMMANDS = """\
 # another noise, another prompt, more steps
 vchitect-fast sample --model {out}/train/model --prompt "{caption}" --guidance 1 --seed 7 --out {out}/again.mp4
 # your own videos: shots -> captions (edit the manifest) -> plan -> training
-vchitect-fast curate my-video.mp4 --caption "what it shows" --out {out}/mine.jsonl
+vchitect-fast curate my-video.mp4 --caption "what it shows" --out {out}/mine
 vchitect-fast autotune --model vchitect-tiny --shapes 8x128x64 --text-tokens 16 --batch 2 --out {out}/mine.json
-vchitect-fast train {out}/run.yaml manifest={out}/mine.jsonl plan={out}/mine.json out={out}/mine
+vchitect-fast train {out}/run.yaml manifest={out}/mine/manifest.parquet plan={out}/mine.json out={out}/mine-train
 # what this machine can do, and what to install for the rest
 vchitect-fast doctor"""
 
@@ -131,7 +131,7 @@ def vchitect_fast(*words: str) -> None:
 
 
 def example_clips(out: Path) -> Path:
-    """Copies the example videos with their captions, cuts them into shots; returns a manifest of one window a shot."""
+    """Copies the example videos with their captions, curates them; returns a manifest of one window a shot."""
     videos = []
     for name, captions in CAPTIONS.items():
         video = out / "videos" / name
@@ -141,11 +141,11 @@ def example_clips(out: Path) -> Path:
                 shutil.copyfile(example_folder() / name, partial)
         write_text(video.with_suffix(".txt"), "\n".join(captions) + "\n")
         videos.append(str(video))
-    vchitect_fast("curate", *videos, "--out", str(out / "shots.jsonl"))
+    vchitect_fast("curate", *videos, "--out", str(out / "curated"))
     one_window_s = SHAPE.num_frames / FPS
     clips = [
         replace(clip, end=clip.start + one_window_s, num_frames=round(one_window_s * clip.fps))
-        for clip in read_manifest(out / "shots.jsonl")
+        for clip in read_manifest(out / "curated" / "manifest.parquet")
     ]
     write_manifest(clips, out / "clips.jsonl")
     return out / "clips.jsonl"
