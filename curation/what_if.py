@@ -190,8 +190,8 @@ def _changes(data: Dataset, then: dict[str, list[Rule]], limit: int) -> list[Cha
             waiting = [data.stages[k].name for k, done in zip(judges, judged, strict=True) if not done]
             text = f"not judged by {', '.join(waiting)}"
         else:
-            done = {data.stages[k].name for k, is_judged in zip(judges, judged, strict=True) if is_judged}
-            rule, value = next((r, v) for r, v in zip(rules, values, strict=True) if r.stage in done and not r.keeps(v))
+            # Kept today: every stage has judged it, so the first rule that fails is the one that drops it.
+            rule, value = next((r, v) for r, v in zip(rules, values, strict=True) if not r.keeps(v))
             text = f"{rule}, got {_shown(value)}"
         changes.append(Change(clip, path, start, end, "kept" if kept else reason or "dropped", text))
     return changes

@@ -154,6 +154,8 @@ def test_what_no_rule_dropped_no_rule_brings_back(tmp_path: Path) -> None:
     assert answer.num_unfinished == 1
     assert not {"short", "broken"} & {change.clip for change in answer.changes}
     assert answer.num_then + answer.num_undecided == 15
+    unsure = what_if(tmp_path, {"static": "any"}, num_changes=100)
+    assert unsure.num_undecided == 5 and not {"short", "broken"} & {change.clip for change in unsure.changes}
 
 
 @pytest.mark.parametrize(
