@@ -1,6 +1,7 @@
 """What a curation folder holds, read for its report, for what-if and for compare: DuckDB over the folder's Parquet files.
 
-    clips.parquet       a row a clip: its span, caption, kept or dropped_by with the reason, and a column a score
+    clips.parquet       a row a clip: its span, caption, kept or dropped_by with the reason ("quarantine": by no stage,
+                        one could not judge it), and a column a score
     stages.json         the cascade in order: backend, parameters, rules and score types of each stage
     sources.parquet     a row a video
     quarantine.parquet  videos and clips that could not be judged, with the reason; may be absent
@@ -93,7 +94,10 @@ class FunnelRow:
 
 
 class Dataset:
-    """A curation folder, open for queries. The views `clips`, `sources` and `quarantine` have the columns above."""
+    """A curation folder, open for queries. The views `clips`, `sources` and `quarantine` have the columns above.
+
+    In `clips`, dropped_by names a stage only: of a clip that is in quarantine or not judged to the end it is NULL.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         """Check the files and their columns; UserError names the one that is missing or damaged."""
@@ -209,7 +213,10 @@ class Dataset:
             f"{quoted(column) if column in got else 'NULL'}{f'::{kind}' if kind else ''} AS {quoted(column)}"
             for column, kind in columns.items()
         ]
-        self._connection.execute(f"CREATE TEMP VIEW {name} AS SELECT {', '.join(selected)} FROM {source}")
+        table = f"SELECT {', '.join(selected)} FROM {source}"
+        if name == "clips":
+            table = f"SELECT * REPLACE (nullif(dropped_by, 'quarantine') AS dropped_by) FROM ({table})"
+        self._connection.execute(f"CREATE TEMP VIEW {name} AS {table}")
 
     def _damaged(self, error: Exception) -> Exception:
         if isinstance(error, self._ours):
@@ -271,6 +278,11 @@ def printable(text: str) -> str:
 def _is_plain(c: str) -> bool:
     # The two joiners of Persian words and of emoji have the category of direction marks but move nothing.
     return c in "\u200c\u200d" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp")
+
+
+def counted(num: int, noun: str) -> str:
+    """ "1 clip", "1,200 clips"."""
+    return f"{num:,} {noun}{'' if num == 1 else 's'}"
 
 
 def duration(hours: float) -> str:

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from vchitect_fast.curation import report_figures as figures
-from vchitect_fast.curation.dataset import HOURS, LENGTH_S, WORDS, Dataset, StageFacts, duration
+from vchitect_fast.curation.dataset import HOURS, LENGTH_S, WORDS, Dataset, StageFacts, counted, duration
 from vchitect_fast.curation.frames import BadVideo, clip_frames
-from vchitect_fast.curation.report_page import bar, cards, counted, figure, foreign, page, table, text
+from vchitect_fast.curation.report_page import bar, cards, figure, foreign, page, table, text
 from vchitect_fast.curation.rules import Rule
 from vchitect_fast.curation.stage import ClipSpan, Want
 from vchitect_fast.files import write_text
@@ -61,8 +61,8 @@ def write_report(folder: str | Path) -> Path:
     path = data.folder / "report.html"
     title = f"Curation of {data.folder.resolve().name}"
     lead = (
-        f"Videos cut into clips, and each clip judged by {len(data.stages)} stages in order of cost. A clip that one stage "
-        "drops is not shown to the next, so a histogram covers the clips that reached its stage."
+        f"Videos cut into clips, and each clip judged by {len(data.stages)} stages, cheapest first. A clip is dropped by "
+        "the first stage whose rule it breaks; dear stages judge only what those before them keep."
     )
     body = [
         f"<h1>{foreign(title)}</h1>", f'<p class="lead">{text(lead)}</p>', _facts(data),
@@ -91,7 +91,7 @@ def commands(data: Dataset) -> list[str]:
             lines = [f'vchitect-fast curate what-if {folder} --{name} "{rule.sign} {float(np.median(values)):.3g}"']
     return [
         *lines,
-        f"vchitect-fast curate export {folder}",
+        f"vchitect-fast curate export {folder} --to {shlex.quote(str(data.folder / 'shards'))} --form shards",
         f"vchitect-fast train run.yaml manifest={shlex.quote(str(data.folder / 'manifest.parquet'))}",
     ]
 
@@ -309,7 +309,7 @@ def _quarantine(data: Dataset) -> Iterable[str]:
         "SELECT path, clip, stage, reason, attempts FROM quarantine ORDER BY path, clip LIMIT ?", [NUM_QUARANTINE_SHOWN]
     )
     yield "<h2>Quarantine</h2>"
-    yield f"<p>{num:,} videos or clips could not be judged; they are in no set. Mend the file and curate again.</p>"
+    yield f"<p>What could not be judged is in no set: {counted(num, 'line')}. Mend the file, then curate again with --retry.</p>"
     yield table(
         ("file", "clip", "stage", "reason", "attempts"),
         (
@@ -334,7 +334,7 @@ def _settings(stages: Sequence[StageFacts]) -> str:
             )
             for stage in stages
         ),
-        words=(0, 1, 3, 4, 5, 6),
+        words=(0, 1, 3, 4, 5),
         wide=4,
     )  # fmt: skip
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vchitect_fast.curation.report_page import counted, text
+from vchitect_fast.curation.dataset import counted
+from vchitect_fast.curation.report_page import text
 from vchitect_fast.curation.rules import Rule
 
 WIDTH, HEIGHT = 340, 150
@@ -22,7 +23,7 @@ NUM_BINS = 32
 def bins(values: Sequence[np.ndarray], cut: float | None = None, whole: bool = False) -> np.ndarray:
     """float64 [N+1]: edges of at most about NUM_BINS equal bins over the middle 99 % of the values of every set.
 
-    `cut` lies on an edge (or, for whole numbers, in a bin of its own). What lies outside belongs to the outermost bins
+    `cut` lies on an edge; whole numbers lie between edges. What lies outside belongs to the outermost bins
     (`counts`): one odd clip must not squeeze all others into one bin.
     """
     lows, highs = zip(*(np.percentile(v, (0.5, 99.5)) for v in values if len(v)), strict=True)
@@ -31,7 +32,9 @@ def bins(values: Sequence[np.ndarray], cut: float | None = None, whole: bool = F
         low, high = min(low, cut), max(high, cut)
     if whole:
         step = max(1, math.ceil((high - low + 1) / NUM_BINS))
-        return np.arange(math.floor(low) - 0.5, math.ceil(high) + step + 0.5, step)
+        begin = math.floor(low) - 0.5
+        begin -= 0 if cut is None else (begin - math.floor(cut) - 0.5) % step
+        return np.arange(begin, math.ceil(high) + step + 0.5, step)
     width = (high - low) / NUM_BINS or max(abs(low), 1.0) / 10
     first = low if cut is None else cut - math.ceil((cut - low) / width - 1e-9) * width
     return first + width * np.arange(max(1, math.ceil((high - first) / width - 1e-9)) + 1)
@@ -46,6 +49,9 @@ def counts(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
 def histogram(keeps: np.ndarray, drops: np.ndarray, rule: Rule | None = None, whole: bool = False) -> str:
     """SVG of how many clips have which score: those that `rule` keeps and drops in two colours, its side shaded."""
     cut = float(rule.value) if rule else None
+    if cut is not None and whole and rule and rule.sign in ("<", "<=", ">", ">="):
+        # Whole numbers have bins of their own: the rule cuts between two of them.
+        cut = math.floor(cut) + 0.5 if rule.sign in ("<=", ">") else math.ceil(cut) - 0.5
     edges = bins([np.concatenate([keeps, drops])], cut, whole)
     kept, dropped = counts(keeps, edges), counts(drops, edges)
     top = int((kept + dropped).max())
@@ -72,7 +78,7 @@ def histogram(keeps: np.ndarray, drops: np.ndarray, rule: Rule | None = None, wh
             f'<line class="cut" x1="{x(cut):.1f}" x2="{x(cut):.1f}" y1="{TOP - 6:g}" y2="{HEIGHT - BOTTOM:g}"/>'
         )
         parts.append(
-            f'<text class="cut-text" x="{WIDTH - RIGHT:g}" y="12" text-anchor="end">keeps {text(rule.sign)} {_number(cut)}</text>'
+            f'<text class="cut-text" x="{WIDTH - RIGHT:g}" y="12" text-anchor="end">keeps {text(rule.sign)} {_number(float(rule.value))}</text>'
         )
     return _svg(f"histogram of {len(keeps) + len(drops)} clips, {len(drops)} dropped", parts)
 

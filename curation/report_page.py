@@ -88,11 +88,6 @@ def foreign(value: object) -> str:
     return f"<bdi>{text(value)}</bdi>"
 
 
-def counted(num: int, noun: str) -> str:
-    """ "1 clip", "1,200 clips"."""
-    return f"{num:,} {noun}{'' if num == 1 else 's'}"
-
-
 def cards(facts: dict[str, str]) -> str:
     """Big numbers: value by label."""
     inner = "".join(f'<div class="card"><b>{text(v)}</b><span>{text(k)}</span></div>' for k, v in facts.items())

@@ -2,7 +2,8 @@
 
 A rule changes what is done with a score, never the score, so nothing is decoded or judged. Where an earlier stage dropped
 a clip before a later one judged it, the later score does not exist: such a clip is counted as not judged, never guessed.
-One condition a score; "any" lifts a rule. It changes nothing in the folder: to keep the answer, curate again with the rules.
+One condition a score; "off" lifts a rule, as in the settings. Near-duplicates stay judged among today's clips. Nothing in
+the folder changes: to keep the answer, curate again with the rules.
 """
 
 from __future__ import annotations
@@ -14,16 +15,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vchitect_fast.curation.dataset import LENGTH_S, UNDECIDED, Dataset, StageFacts, duration, printable, quoted
+from vchitect_fast.curation.dataset import (
+    LENGTH_S,
+    UNDECIDED,
+    Dataset,
+    StageFacts,
+    counted,
+    duration,
+    printable,
+    quoted,
+)
 from vchitect_fast.curation.rules import Rule
 from vchitect_fast.errors import UserError, unknown_name
 
-LIFTED = "any"
+LIFTED = "off"
 EPILOG = """\
 rules:
   --STAGE CONDITION         of the stage's main score
   --STAGE.SCORE CONDITION   of another one
-  a condition is a comparison like "> 5", "<= 0.3" or "== true" (in quotes: < and > mean files to a shell); "any" lifts
+  a condition is a comparison like "> 5", "<= 0.3" or "== true" (in quotes: < and > mean files to a shell); "off" lifts
   the rule. Rules that are not named stay as they are.
 
 example:
@@ -254,8 +264,8 @@ def _print(answer: Answer) -> None:
     console = Console(highlight=False)
     table = Table(box=None, pad_edge=False)
     table.add_column("stage", no_wrap=True)
-    table.add_column("rules today")
-    table.add_column("rules then")
+    table.add_column("rules today", overflow="fold")
+    table.add_column("rules then", overflow="fold")
     for heading in ("drops today", "drops then", "not judged"):
         table.add_column(heading, justify="right")
     for row in answer.stages:
@@ -271,16 +281,16 @@ def _print(answer: Answer) -> None:
     console.print(table)
     console.print()
     console.print(
-        f"stay: {answer.num_then:,} clips, {duration(answer.hours_then)}; today {answer.num_today:,} clips, "
+        f"stay: {counted(answer.num_then, 'clip')}, {duration(answer.hours_then)}; today {counted(answer.num_today, 'clip')}, "
         f"{duration(answer.hours_today)} (+{answer.num_gained:,}, -{answer.num_lost:,})"
     )
     if answer.num_undecided:
         console.print(
-            f"{answer.num_undecided:,} more clips, {duration(answer.hours_undecided)}, may stay: an earlier stage had dropped "
-            "them, so a later one has not judged them yet. Curate again with these rules to know."
+            f"{counted(answer.num_undecided, 'more clip')}, {duration(answer.hours_undecided)}, may stay: dropped by an earlier "
+            "stage, not judged by a later one yet. Curate again with these rules to know."
         )
     if answer.num_unfinished:
-        console.print(f"{answer.num_unfinished:,} clips are quarantined or unfinished and left out.")
+        console.print(f"left out: {counted(answer.num_unfinished, 'clip')} in quarantine or not judged to the end.")
     if answer.changes:
         table = Table("clip", "seconds", "today", "then", box=None, pad_edge=False)
         for change in answer.changes:

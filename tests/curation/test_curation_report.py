@@ -105,7 +105,7 @@ def test_nothing_is_fetched_and_no_script_may_run(tmp_path: Path) -> None:
 
 def test_the_numbers_are_those_of_the_folder(tmp_path: Path) -> None:
     rows = clip_rows(paths=GONE)
-    lines = [
+    lines: list[Row] = [
         {"video": "v", "path": f"/data/{k}.mp4", "stage": "probe", "reason": f"reason {k}"} for k in range(1000, 1230)
     ]
     lines.append(
@@ -235,6 +235,26 @@ def test_bars_hold_every_clip_on_its_side_of_the_rule(condition: str) -> None:
     if rule.sign != "==":
         [(x, width, _)] = rects(svg, "side")
         assert (abs(x - cut) < 0.11) if rule.sign[0] == "<" else (abs(x + width - cut) < 0.11)
+
+
+@pytest.mark.parametrize(
+    ("condition", "between"), [("<= 1", 1.5), ("< 1", 0.5), ("> 1", 1.5), (">= 1", 0.5), ("< 1.5", 1.5)]
+)
+def test_a_rule_on_whole_numbers_cuts_between_two(condition: str, between: float) -> None:
+    values = np.array([0.0, 1.0, 2.0, 3.0])
+    rule = Rule.parse("text", "significant_frames", condition)
+    keeps = np.array([rule.keeps(value) for value in values])
+    svg = report_figures.histogram(values[keeps], values[~keeps], rule, whole=True)
+    cut = float(re.search(r'class="cut" x1="([\d.-]+)"', svg)[1])  # type: ignore[index]
+    middles = sorted(x + width / 2 for kind in ("keep", "drop") for x, width, _ in rects(svg, kind))
+    assert abs(np.interp(between, values, middles) - cut) < 0.11 and f"keeps {html.escape(condition)}" in svg
+    assert [x > cut for x in middles] == [value > between for value in values]
+
+
+def test_a_rule_on_many_whole_numbers_lies_on_an_edge() -> None:
+    for low in range(7):
+        edges = report_figures.bins([np.arange(low, 300.0)], 100.5, whole=True)
+        assert 100.5 in edges and edges[0] < np.percentile(np.arange(low, 300), 0.5) and edges[1] - edges[0] == 10
 
 
 def test_one_odd_clip_does_not_squeeze_the_others() -> None:

@@ -51,14 +51,16 @@ def test_a_clip_that_breaks_two_rules_counts_for_both(tmp_path: Path) -> None:
 def with_other_ends() -> list[Row]:
     """The real rows and, made up: one dropped for its length, two quarantined, one that nothing has decided yet."""
     rows = clip_rows()
-    for number, changes in enumerate(({"dropped_by": "length"}, {}, {}, {}), 1):
+    for number, changes in enumerate(
+        ({"dropped_by": "length"}, {"dropped_by": "quarantine", "reason": "r"}, {}, {}), 1
+    ):
         row = dict(rows[0], clip=f"more-{number}", kept=False, dropped_by=None, reason=None) | changes
         rows.append({name: None if "." in name else value for name, value in row.items()})
     return rows
 
 
 def test_quarantined_unfinished_and_foreign_ends_are_told_apart(tmp_path: Path) -> None:
-    quarantine = [
+    quarantine: list[Row] = [
         {"video": "bikes", "path": "p", "clip": "more-2", "stage": "tone", "reason": "r", "attempts": 2},
         {"video": "bikes", "path": "p", "clip": "more-2", "stage": "tone", "reason": "again"},  # tried twice: one clip
         {"video": "bikes", "path": "p", "clip": "more-3", "stage": "decode", "reason": "r"},
@@ -71,6 +73,7 @@ def test_quarantined_unfinished_and_foreign_ends_are_told_apart(tmp_path: Path) 
         "aesthetics_proxy": (8, 2, 0, 6), "captions": (6, 0, 0, 6),
     }  # fmt: skip
     assert data.num_waiting() == 1
+    assert data.rows("SELECT count(*) FROM clips WHERE dropped_by = 'quarantine'") == [(0,)]  # no stage has that name
 
 
 def test_scores_are_of_judged_clips_and_finite(tmp_path: Path) -> None:

@@ -30,28 +30,29 @@ CASES: list[dict[str, str]] = [
     {"aesthetics_proxy.score": "> 2"},  # laxer, at the last rule: all scores are there
     {"static": "< 0.5"},  # laxer, at the first: later scores are missing
     {"static.share": "< 0.01", "tone": "> 80"},  # stricter
-    {"static": "any", "tone.mean": "any", "tone.is_dark": "any", "aesthetics_proxy": "any"},  # nothing drops
+    {"static": "off", "tone.mean": "off", "tone.is_dark": "off", "aesthetics_proxy": "off"},  # nothing drops
     {"static.difference": ">= 3"},  # a score that had no rule
-    {"static": "any", "static.difference": "> 1.25", "tone.is_dark": "== true"},
+    {"static": "off", "static.difference": "> 1.25", "tone.is_dark": "== true"},
     {"captions": "> 5"},  # a rule where there was none, on the last stage
 ]
 
 
 def rules_of(conditions: dict[str, str]) -> list[Row]:
-    """The stages with these rules, "any" leaving none."""
+    """The stages with these rules, "off" leaving none."""
     stages = copy.deepcopy(STAGES)
     for stage in stages:
         for name, condition in conditions.items():
             stage_name, _, score = name.partition(".")
             if stage_name == stage["name"]:
                 stage["rules"].pop(score or stage["main"], None)
-                stage["rules"] |= {} if condition == "any" else {score or stage["main"]: condition}
+                stage["rules"] |= {} if condition == "off" else {score or stage["main"]: condition}
     return stages
 
 
 def truth(conditions: dict[str, str]) -> dict[str, tuple[str, str | None]]:
     """By clip: "stays", "dropped" or "undecided", and the stage that drops it, from the scores that the folder holds."""
-    stages, found = rules_of(conditions), {}
+    stages = rules_of(conditions)
+    found: dict[str, tuple[str, str | None]] = {}
     for row, span in zip(clip_rows(), spans(), strict=True):
         judged = [stage for stage in stages if f"{stage['name']}.{stage['main']}" in row]
         _, by, _ = judge(scores(span), judged)
@@ -116,10 +117,10 @@ def test_changes_say_why(tmp_path: Path) -> None:
     rule, _, value = lost.then.partition(", got ")
     row = next(row for row in clip_rows() if row["clip"] == lost.clip)
     assert rule == "aesthetics_proxy.score > 9.5" and float(value) == float(f"{row['aesthetics_proxy.score']:.4g}")
-    unsure = what_if(folder, {"static": "any"}).changes[0]
+    unsure = what_if(folder, {"static": "off"}).changes[0]
     assert unsure.today.startswith("static.share < 0.3, got ")
     assert unsure.then == "not judged by tone, aesthetics_proxy"
-    assert len(what_if(folder, {"static": "any"}, num_changes=2).changes) == 2
+    assert len(what_if(folder, {"static": "off"}, num_changes=2).changes) == 2
 
 
 def test_scores_kept_from_laxer_rules_count(tmp_path: Path) -> None:
@@ -127,9 +128,9 @@ def test_scores_kept_from_laxer_rules_count(tmp_path: Path) -> None:
     rows = clip_rows()
     for row, span in zip(rows, spans(), strict=True):
         row |= {name: value for name, value in scores(span).items() if not name.startswith("captions.")}
-    answer = what_if(write_folder(tmp_path, rows), {"static": "any"})
+    answer = what_if(write_folder(tmp_path, rows), {"static": "off"})
     assert answer.num_undecided == 0
-    assert answer.num_then == sum(judge(scores(span), rules_of({"static": "any"}))[1] is None for span in spans())
+    assert answer.num_then == sum(judge(scores(span), rules_of({"static": "off"}))[1] is None for span in spans())
     assert answer.num_then > answer.num_today
 
 
@@ -154,7 +155,7 @@ def test_what_no_rule_dropped_no_rule_brings_back(tmp_path: Path) -> None:
     assert answer.num_unfinished == 1
     assert not {"short", "broken"} & {change.clip for change in answer.changes}
     assert answer.num_then + answer.num_undecided == 15
-    unsure = what_if(tmp_path, {"static": "any"}, num_changes=100)
+    unsure = what_if(tmp_path, {"static": "off"}, num_changes=100)
     assert unsure.num_undecided == 5 and not {"short", "broken"} & {change.clip for change in unsure.changes}
 
 
