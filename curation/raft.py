@@ -24,7 +24,8 @@ from vchitect_fast.curation.stage import ClipSpan, Sample, Scores, Stage, Want, 
 from vchitect_fast.errors import UserError
 
 SMALLEST = 128  # px: the coarsest of RAFT's four correlation levels has 2 cells a side there, and divides by 0 below
-_CORRELATION_BYTES = 64 << 20  # of a batch of pairs; at 128x304 it is 25 of them
+# Of a batch of pairs. At 128x304 a pair has 2 MB of them and 40 MB of features; a CPU is no faster with more pairs at once.
+_CORRELATION_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class RaftMotion(Stage):
     name = "motion"
     backend = "raft"
     version = 1
-    cost = 1000
+    cost = 10000
     columns = COLUMNS
     main = "degree"
     rules = {"dynamic": "== true"}  # noqa: RUF012
@@ -82,7 +83,7 @@ class RaftMotion(Stage):
         device = pick_device(self.device)
         network = load_raft(self.model, device)
         scores: list[float] = []
-        num_pairs, first = _pairs_at_once(frames[0]), 0
+        num_pairs, first = _pairs_at_once(frames[0], device), 0
         with torch.inference_mode():
             while first < len(frames) - 1:
                 images_NCHW = [_pad(_image(frame)) for frame in frames[first : first + num_pairs + 1]]
@@ -94,13 +95,13 @@ class RaftMotion(Stage):
         return dynamic_degree(scores, len(frames), short_side)
 
 
-def _pairs_at_once(frame: np.ndarray) -> int:
-    """How many pairs of this size go through together: as many as their correlation volumes are 64 MiB, or one."""
+def _pairs_at_once(frame: np.ndarray, device: str) -> int:
+    """How many pairs of this size go through together: as many as their correlation volumes may take, or one."""
     height, width = _pad(_image(frame)).shape[-2:]
     pair_bytes = (
         4 * (height // 8 * (width // 8)) ** 2 * 4 // 3
     )  # float32; four levels, each a quarter of the one before
-    return int(max(1, _CORRELATION_BYTES // pair_bytes))
+    return int(max(1, _CORRELATION_BYTES[device.partition(":")[0]] // pair_bytes))
 
 
 def _image(frame: np.ndarray) -> Any:

@@ -260,7 +260,8 @@ def _easy(folder: str, device: str) -> Any:
     except ImportError as error:
         raise UserError(f"text by EasyOCR needs easyocr ({error}); pip install 'vchitect-fast[easyocr]'.") from None
     try:
-        with _only_tensors():
+        with _only_tensors(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of torch's quantization, which CRAFT has no layer for
             return easyocr.Reader(
                 ["en"],
                 gpu=False if device == "cpu" else device,

@@ -104,7 +104,7 @@ def _transnet(device: str) -> Any:
     except ImportError as error:
         raise _missing(str(error)) from None
 
-    class Quiet(TransNetV2):  # type: ignore[misc]
+    class Quiet(TransNetV2):
         """Without the package's habit of seeding every generator and switching the whole process to deterministic."""
 
         def _setup_deterministic_behavior(self) -> None:

@@ -144,7 +144,8 @@ def original() -> Original:
             tensor.uniform_(0.5, 2)
         elif tensor.dim() == 1:  # biases and batch norms: all different, so that none can take another's place
             tensor.add_(0.1 * torch.randn_like(tensor))
-    network.update_block.flow_head.conv2.weight.data *= 0.8  # one of the two pairs moves more than 3 pixels
+    for tensor in network.update_block.flow_head.conv2.parameters():  # so that one of the two pairs moves over 3 pixels
+        tensor.data *= 1.079
     return network
 
 
@@ -161,10 +162,10 @@ def span(first: int = 0, last: int = 29, fps: float = 25.0) -> ClipSpan:
 
 @pytest.fixture(scope="module")
 def frames() -> list[np.ndarray]:
-    """Three sampled frames of bikes.mp4 at a short side of 128: 301 pixels wide, which 8 does not divide."""
+    """Three sampled frames of bikes.mp4 at a short side of 128, 133 pixels wide, which 8 does not divide."""
     found = clip_frames(span(), RaftMotion("").wants(span())[:3])
     assert {frame.shape for frame in found} == {(128, 301, 3)}
-    return found
+    return [np.ascontiguousarray(frame[:, 80:213]) for frame in found]  # a part: the network in fp64 is slow
 
 
 def test_the_original_layout_gives_the_originals_flow_and_vbenchs_scores(
@@ -178,7 +179,7 @@ def test_the_original_layout_gives_the_originals_flow_and_vbenchs_scores(
     assert scores["degree"] == scores["flow"] / 3.0
     means = torch.tensor([scores["flow"]]), torch.tensor([np.mean(exact)]), torch.tensor([np.mean(reference)])
     assert_close_to_exact(means[0], means[1].double(), means[2], reduced=LONGEST_SUM)
-    pixels = torch.from_numpy(np.stack(frames[:2])[:, :, :136]).permute(0, 3, 1, 2).float()
+    pixels = torch.from_numpy(np.stack(frames[:2])[:, :, :128]).permute(0, 3, 1, 2).float()
     with torch.no_grad():
         exact_flow = original.double()(*pixels.double().chunk(2), 2)
         reference_flow = original.float()(*pixels.chunk(2), 2)
@@ -197,7 +198,7 @@ def test_torchvisions_layout_gives_torchvisions_flow(tmp_path: Path, frames: lis
     state = torch.random.get_rng_state()
     loaded = load_raft(str(tmp_path))  # the folder that holds it
     assert torch.equal(torch.random.get_rng_state(), state)
-    pixels = torch.from_numpy(np.stack(frames[:2])[:, :, :136]).permute(0, 3, 1, 2) / 127.5 - 1
+    pixels = torch.from_numpy(np.stack(frames[:2])[:, :, :128]).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         found, expected = (n(*pixels.chunk(2), num_flow_updates=1)[-1] for n in (loaded, network))
     assert torch.equal(found, expected)
@@ -223,7 +224,7 @@ def test_every_pair_is_seen_once_in_batches_of_bounded_memory(
     network = Shift()
     monkeypatch.setattr(raft, "load_raft", lambda *_: network)
     pair_bytes = 4 * (136 // 8 * 136 // 8) ** 2 * (1 + 1 / 4 + 1 / 16 + 1 / 64)
-    monkeypatch.setattr(raft, "_CORRELATION_BYTES", int(pair_bytes * (pairs_at_once + 0.5)))
+    monkeypatch.setitem(raft._CORRELATION_BYTES, "cpu", int(pair_bytes * (pairs_at_once + 0.5)))
     levels = [0, 3, 4, 14, 14, 20, 21]
     frames = [np.full((129, 131, 3), level, np.uint8) for level in levels]
     (scores,) = RaftMotion("", iterations=7, device="cpu").score([Sample(span(), frames, {})])
