@@ -15,8 +15,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vchitect_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from vchitect_fast.curation.engines import Engine
 
 EPILOG = """\
 settings (YAML, --config, or --set): a section a stage, `off` switches it off
@@ -106,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if summary.num_kept else 1
 
 
-def _engine(args: argparse.Namespace):  # type: ignore[no-untyped-def]
+def _engine(args: argparse.Namespace) -> Engine:
     if args.jobs is not None and args.jobs < 1:
         raise UserError(f"--jobs must be 1 or more, got {args.jobs}; leave it out for one a core.")
     if args.engine == "ray":

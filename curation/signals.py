@@ -126,8 +126,11 @@ def scan(
         raise BadVideo(f"no frame decodes between {begin:.2f} and {min(stop, source.seconds):.2f} s")
     columns = [np.asarray(column, np.float32) for column in zip(*(row[1:-1] for row in rows), strict=True)]
     cut = transnet.finish()[np.asarray(kept)] if transnet else np.full(len(rows), np.nan)
-    time, layout = np.asarray([row[0] for row in rows]), np.stack([row[-1] for row in rows])
-    return Signals(time, *columns[:5], layout, *columns[5:], cut.astype(np.float32))
+    times, layouts = np.asarray([row[0] for row in rows]), np.stack([row[-1] for row in rows])
+    content, luma_change, brightness, contrast, saturation, flow, shift_x, shift_y = columns
+    return Signals(
+        times, content, luma_change, brightness, contrast, saturation, layouts, flow, shift_x, shift_y, cut.astype(np.float32)
+    )  # fmt: skip
 
 
 def whole(source: Source, parts: list[Signals]) -> Signals:
@@ -148,7 +151,7 @@ class _View:
         from av.video.reformatter import VideoReformatter
 
         self._reformatter = VideoReformatter()  # kept: setting one up costs more than using it
-        self._flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+        self._flow: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
         self._every_s = max(1, round(source.fps / 8)) / source.fps
         self._hsv: np.ndarray | None = None
         self._luma: np.ndarray | None = None

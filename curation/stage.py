@@ -128,7 +128,7 @@ class Stage(ABC):
     def parameters(self) -> dict[str, Any]:
         """The fields that decide scores; those marked `field(metadata={"key": False})` (a device, a URL) do not."""
         return {
-            f.name: getattr(self, f.name)  # type: ignore[attr-defined]
+            f.name: getattr(self, f.name)
             for f in fields(self)  # type: ignore[arg-type]
             if f.metadata.get("key", True)
         }

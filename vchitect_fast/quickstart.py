@@ -143,9 +143,12 @@ def example_clips(out: Path) -> Path:
         videos.append(str(video))
     vchitect_fast("curate", *videos, "--out", str(out / "curated"))
     one_window_s = SHAPE.num_frames / FPS
+    order = list(CAPTIONS)  # in which the example has always been trained: the figures in README.md depend on it
     clips = [
         replace(clip, end=clip.start + one_window_s, num_frames=round(one_window_s * clip.fps))
-        for clip in read_manifest(out / "curated" / "manifest.parquet")
+        for clip in sorted(
+            read_manifest(out / "curated" / "manifest.parquet"), key=lambda clip: order.index(clip.path.name)
+        )
     ]
     write_manifest(clips, out / "clips.jsonl")
     return out / "clips.jsonl"

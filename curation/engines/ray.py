@@ -37,7 +37,7 @@ class RayEngine:
                 ray.init(
                     address,
                     log_to_driver=False,
-                    logging_level="ERROR",
+                    logging_level=logging.ERROR,
                     include_dashboard=False if address is None else None,
                 )
             except (ConnectionError, ValueError, RuntimeError) as error:
@@ -84,10 +84,10 @@ class RayEngine:
         limit = num_workers or self.num_workers
         rows = [{"number": k, "task": pickle.dumps(task)} for k, task in enumerate(tasks)]
         dataset = self._ray.data.from_items(rows, override_num_blocks=len(rows))
-        compute = {"compute": self._ray.data.TaskPoolStrategy(size=limit)} if limit else {}
+        compute = self._ray.data.TaskPoolStrategy(size=limit)
         missing = set(range(len(rows)))
         # No retries of Ray's own: it would start a task for ever that kills its worker.
-        for row in dataset.map(_attempt, num_cpus=1, max_retries=0, **compute).iter_rows():
+        for row in dataset.map(_attempt, num_cpus=1, max_retries=0, compute=compute).iter_rows():
             missing.discard(row["number"])
             yield row["number"], pickle.loads(row["result"])
         for number in sorted(missing):
