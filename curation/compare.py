@@ -31,6 +31,7 @@ BASE = {
     "frames a second": ("fps", False),
     "words in the caption": (WORDS, True),
 }
+APART = "computed in different ways, not comparable"
 EPILOG = """\
 example:
   vchitect-fast curate compare clips other/manifest.parquet --out compare.html
@@ -100,7 +101,7 @@ def feature_rows(sets: Sequence[ClipSet]) -> list[FeatureRow]:
         makers = {one.made_by[name] for one in sets if name in one.made_by}
         note = ""
         if len(makers - {""}) > 1:
-            note = "computed in different ways, not comparable: " + " against ".join(sorted(makers - {""}))
+            note = f"{APART}: " + " against ".join(sorted(makers - {""}))
         elif "" in makers:
             note = "a manifest does not say how it was computed"
         is_truth = any(name in one.truths for one in sets)
@@ -161,8 +162,9 @@ def _of_manifest(name: str, path: Path) -> ClipSet:
     scores = [column for column in dict.fromkeys(key for row in rows for key in row) if "." in column]
     for column in scores:
         values = [row.get(column) for row in rows]
-        if all(value is None or isinstance(value, (bool, int, float)) for value in values):
-            columns[column] = [value for value in values if value is not None]
+        given = [value for value in values if value is not None]
+        if given and all(isinstance(value, (bool, int, float)) for value in given):
+            columns[column] = given
     features = {column: np.asarray(values, dtype=np.float64) for column, values in columns.items()}
     features = {column: values[np.isfinite(values)] for column, values in features.items()}
     whole = {"short side, pixels", "words in the caption"}
@@ -190,7 +192,8 @@ def _body(sets: Sequence[ClipSet], rows: Sequence[FeatureRow]) -> list[str]:
     for row in rows:
         if not any(row.num_clips):
             continue
-        note = f'<br><span class="why">{text(row.note)}</span>' if row.note else ""
+        tone = "why" if row.note.startswith(APART) else "soft"
+        note = f'<br><span class="{tone}">{text(row.note)}</span>' if row.note else ""
         if row.label != row.feature:
             shares = [(_key(k, one.name), m) for k, (one, m) in enumerate(zip(sets, row.medians, strict=True))]
             lines = (bar(key, "none" if m is None else f"{100 * m:.1f} %", m or 0) for key, m in shares)
@@ -285,7 +288,7 @@ def _print(sets: Sequence[ClipSet], rows: Sequence[FeatureRow], out: Path) -> No
         view.add_row(Text(row.label + (" *" if row.note else "")), *_cells(row))
     console.print(view)
     console.print("median of each set (Kolmogorov-Smirnov distance to the first, 0 same to 1 no overlap)")
-    for row in rows:
-        if row.note:
-            console.print(Text(f"* {row.feature}: {row.note}"))
+    for note in dict.fromkeys(row.note for row in rows if row.note):
+        noted = [row.feature for row in rows if row.note == note]
+        console.print(Text(f"* {note}: {', '.join(noted)}"))
     console.print(Text(f"-> {out}"))

@@ -35,7 +35,8 @@ def bins(values: Sequence[np.ndarray], cut: float | None = None, whole: bool = F
         begin = math.floor(low) - 0.5
         begin -= 0 if cut is None else (begin - math.floor(cut) - 0.5) % step
         return np.arange(begin, math.ceil(high) + step + 0.5, step)
-    width = (high - low) / NUM_BINS or max(abs(low), 1.0) / 10
+    high = high if high > low else low + max(abs(low), 1.0)  # one value: a bar, not a wall
+    width = (high - low) / NUM_BINS
     first = low if cut is None else cut - math.ceil((cut - low) / width - 1e-9) * width
     return first + width * np.arange(max(1, math.ceil((high - first) / width - 1e-9)) + 1)
 

@@ -41,7 +41,7 @@ td { white-space: nowrap; } th.text, td.text { text-align: left; } td.text { whi
 .bar b { font-weight: 600; } .bar > div span { font-variant-numeric: tabular-nums; color: var(--soft); }
 .track { display: flex; height: .8rem; margin: .2rem 0; border-radius: 4px; overflow: hidden; background: var(--page); }
 .track i { display: block; background: var(--keep); } .track i.drop { background: var(--drop); }
-.badge { display: inline-block; font-size: .75rem; font-weight: 600; color: var(--drop); border: 1px solid var(--drop); border-radius: 99px; padding: 0 .5rem; }
+.badge { display: inline-block; white-space: nowrap; font-size: .75rem; font-weight: 600; color: var(--drop); border: 1px solid var(--drop); border-radius: 99px; padding: 0 .5rem; }
 .bar > div .badge { color: var(--drop); }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20.5rem, 100%), 1fr)); gap: .8rem; margin: .6rem 0 1rem; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .7rem .8rem; min-width: 0; }
