@@ -17,6 +17,8 @@ import numpy as np
 
 from vchitect_fast.curation.stage import ClipSpan, Want
 
+BACK_S = (0.0, 2.0, 16.0)  # how much before the wanted time (s) a seek is tried, one after the other
+
 
 class BadVideo(Exception):
     """A video that cannot be used; its message is the reason that quarantine shows."""
@@ -73,7 +75,11 @@ def clip_frames(span: ClipSpan, wants: Sequence[Want], threads: int = 1) -> list
     with open_video(span.path, threads) as container:
         try:
             for time, frame in frames_from(container, span.start):
-                while before is not None and len(found) < len(order) and wants[order[len(found)]].time < time - 1e-6:
+                while len(found) < len(order) and wants[order[len(found)]].time < time - 1e-6:
+                    if before is None:
+                        raise BadVideo(
+                            f"no frame is shown at {wants[order[len(found)]].time:.3f} s, the first at {time:.3f} s"
+                        )
                     take(before)
                 if len(found) == len(order):
                     break
@@ -90,18 +96,60 @@ def clip_frames(span: ClipSpan, wants: Sequence[Want], threads: int = 1) -> list
 
 
 def frames_from(container: Any, start: float) -> Iterator[tuple[float, Any]]:
-    """(seconds from the first frame of the file, frame), in order of presentation, from at or before `start` (s)."""
+    """(seconds from the first frame of the file, frame), in order of presentation, from at or before `start` (s).
+
+    A seek can come out behind the frame (containers sort by decoding time, .ts has no table) or at an open group whose first
+    pictures lean on the group before. Then it is tried from further back, and at last only the beginning decides.
+    """
+    import av
+
     stream = container.streams.video[0]
     base = Fraction(stream.time_base.numerator, stream.time_base.denominator)
     origin = stream.start_time or 0
-    if start > 0:
-        container.seek(origin + math.floor(start / base), stream=stream)
-    for frame in container.decode(stream):
-        if frame.pts is None:
-            raise BadVideo("its frames carry no presentation times; remux it, for example into .mp4")
-        if frame.is_corrupt:
-            raise BadVideo(f"the frame at {float((frame.pts - origin) * base):.3f} s is corrupt")
-        yield float((frame.pts - origin) * base), frame
+    given = None  # pts of the last frame handed out; a second try goes on after it
+    for target in [*(start - back_s for back_s in BACK_S if start > back_s), None]:
+        if target is not None:
+            packets = _from_key(container, origin + math.floor(target / base), origin + start / float(base) + 1e-3)
+        else:
+            if start > 0:
+                container.seek(min(0, container.start_time or 0))  # of .ts, its own start would land on the second key
+            packets = container.demux(stream)
+        whole, known = True, given  # nothing went wrong in this try; handed out before it
+        try:
+            for frame in (frame for packet in packets for frame in packet.decode()):
+                if frame.pts is None:
+                    raise BadVideo("its frames carry no presentation times; remux it, for example into .mp4")
+                time = float((frame.pts - origin) * base)
+                if frame.is_corrupt and target is not None:
+                    whole = False
+                    break
+                if frame.is_corrupt:
+                    raise BadVideo(f"the frame at {time:.3f} s is corrupt")
+                if known is None or frame.pts > known:
+                    given = frame.pts
+                    yield time, frame
+        except av.FFmpegError:
+            if target is None:
+                raise
+            whole = False
+        if whole and given is not None:
+            return
+
+
+def _from_key(container: Any, seek_pts: int, start_pts: float) -> Iterator[Any]:
+    """Packets from the key frame that a seek finds, without those shown before it; none where it is after `start_pts`."""
+    stream = container.streams.video[0]
+    container.seek(seek_pts, stream=stream)
+    key = None
+    for packet in container.demux(stream):
+        if key is None:
+            if not packet.is_keyframe or packet.pts is None:
+                continue
+            if packet.pts > start_pts:
+                return
+            key = packet.pts
+        if not packet.size or packet.pts is None or packet.pts >= key:
+            yield packet
 
 
 def to_rgb(frame: Any, short_side: int | None = None) -> np.ndarray:
