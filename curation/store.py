@@ -14,6 +14,7 @@ a folder, by a kernel lock. Nothing here computes a score.
 from __future__ import annotations
 
 import fcntl
+import io
 import itertools
 import json
 import os
@@ -27,11 +28,12 @@ from vchitect_fast.files import whole_file
 
 Row = dict[str, Any]
 MAX_PARTS = 64  # of a table before they are joined into one
+PARTIAL = ".*.partial*"  # how files.py names what is not whole yet
 KEYS = {
     "sources": ("path", "stamp"),
     "clips": ("video", "clip"),
     "scores": ("clip",),
-    "quarantine": ("path", "clip", "key"),
+    "quarantine": ("path", "video", "clip", "key"),
 }
 
 
@@ -54,6 +56,9 @@ class Store:
             ) from None
         except OSError as error:
             raise UserError(f"cannot write to {folder} ({error.strerror}); choose another --out.") from None
+        # What a kill in the middle of a write left; nobody else writes here.
+        for left in (*folder.glob(PARTIAL), *self._state.rglob(PARTIAL)):
+            left.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Let another process have the folder."""
@@ -68,8 +73,7 @@ class Store:
     def append(self, table: str, rows: Sequence[Row], columns: Mapping[str, type]) -> None:
         """Add rows as one part; `columns` gives every column's type. UserError when the disk refuses."""
         if rows:
-            name = f"{time.time_ns()}-{os.getpid()}-{next(self._number)}.parquet"
-            write_table(self._state / table / name, rows, columns)
+            write_table(self._state / table / self._new_name(), rows, columns)
 
     def rows(self, table: str, columns: Mapping[str, type]) -> list[Row]:
         """Every row once, in the order first written. A part that is damaged is a UserError that names it."""
@@ -80,10 +84,23 @@ class Store:
             for row in read_table(part):
                 rows.setdefault(tuple(row[name] for name in key), row)
         if len(parts) > MAX_PARTS:
-            self.append(table, list(rows.values()), columns)
-            for part in parts:
-                part.unlink()
+            self._join(parts)
         return [{name: _back(row.get(name), kind) for name, kind in columns.items()} for row in rows.values()]
+
+    def _join(self, parts: Sequence[Path]) -> None:
+        """Make one part of several, with every column that they have; a kill in between leaves rows twice, which is allowed."""
+        import pyarrow
+        import pyarrow.parquet
+
+        whole = pyarrow.concat_tables(
+            [pyarrow.parquet.ParquetFile(part).read() for part in parts], promote_options="default"
+        )
+        _write(parts[0].with_name(self._new_name()), whole)
+        for part in parts:
+            part.unlink()
+
+    def _new_name(self) -> str:
+        return f"{time.time_ns()}-{os.getpid()}-{next(self._number)}.parquet"
 
     def forget(self, table: str) -> None:
         """Remove a table."""
@@ -102,6 +119,17 @@ class Store:
         except OSError as error:
             raise _refused(path, error) from None
 
+    def read_signals(self, path: Path) -> bytes:
+        """What `write_signals` kept; UserError naming the file when it is no longer whole."""
+        import pyarrow.parquet
+
+        try:
+            content = path.read_bytes()
+            pyarrow.parquet.read_table(io.BytesIO(content))
+        except (pyarrow.ArrowException, OSError) as error:
+            raise _damaged(path, error) from None
+        return content
+
 
 def write_table(path: Path, rows: Iterable[Row], columns: Mapping[str, type]) -> None:
     """Rows as one Parquet file, whole or not at all; lists and dicts as JSON text, null where a row lacks a column."""
@@ -114,11 +142,7 @@ def write_table(path: Path, rows: Iterable[Row], columns: Mapping[str, type]) ->
         name: pyarrow.array([_plain(row.get(name), kind) for row in rows], kinds.get(kind, pyarrow.string()))
         for name, kind in columns.items()
     }
-    try:
-        with whole_file(path) as partial:
-            pyarrow.parquet.write_table(pyarrow.table(arrays), partial)
-    except OSError as error:
-        raise _refused(path, error) from None
+    _write(path, pyarrow.table(arrays))
 
 
 def read_table(path: Path) -> list[Row]:
@@ -129,8 +153,17 @@ def read_table(path: Path) -> list[Row]:
     try:
         return pyarrow.parquet.ParquetFile(path).read().to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot read {path} ({reason}); remove it, and what it held is computed again.") from None
+        raise _damaged(path, error) from None
+
+
+def _write(path: Path, table: Any) -> None:
+    import pyarrow.parquet
+
+    try:
+        with whole_file(path) as partial:
+            pyarrow.parquet.write_table(table, partial)
+    except OSError as error:
+        raise _refused(path, error) from None
 
 
 def _plain(value: Any, kind: type) -> Any:
@@ -141,6 +174,11 @@ def _plain(value: Any, kind: type) -> Any:
 
 def _back(value: Any, kind: type) -> Any:
     return json.loads(value) if kind in (list, dict) and isinstance(value, str) else value
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0]
+    return UserError(f"cannot read {path} ({reason}); remove it, and what it held is computed again.")
 
 
 def _refused(path: Path, error: OSError) -> UserError:
