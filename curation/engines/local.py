@@ -75,14 +75,12 @@ class LocalEngine:
                 kind, value, cpu_s = result
                 if kind == "value":
                     yield Outcome(task, value, None, number, cpu_s)
-                elif kind == "bad":
-                    yield Outcome(task, None, value, number)
-                elif smaller := task.split():
+                elif smaller := task.split():  # which part it was is not known
                     waiting.extend((part, 1) for part in smaller)
-                elif number < ATTEMPTS:
-                    waiting.append((task, number + 1))
-                else:
+                elif kind == "bad" or number == ATTEMPTS:
                     yield Outcome(task, None, value, number)
+                else:
+                    waiting.append((task, number + 1))
 
     def close(self) -> None:
         """End the workers."""
@@ -95,7 +93,7 @@ class LocalEngine:
 
     def _start(self) -> _Worker:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs, os.getpid()), daemon=True)
+        process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
         process.start()
         theirs.close()
         worker = _Worker(process, ours)
@@ -143,10 +141,20 @@ def _how(code: int | None) -> str:
     return f"signal {-code}" if code and code < 0 else f"exit code {code}"
 
 
-def _serve(pipe: Connection, driver: int) -> None:
+def _end_with_driver() -> None:
+    driver = multiprocessing.parent_process()
+    assert driver
+    driver.join()
+    os._exit(1)
+
+
+def _serve(pipe: Connection) -> None:
     """The worker's life: take a task, send its result, until the driver is gone."""
     import signal
+    import threading
 
+    # In the middle of a task too: minutes of decoding for nobody would slow down the run that goes on.
+    threading.Thread(target=_end_with_driver, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     os.nice(5)  # the machine stays usable
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):

@@ -64,14 +64,12 @@ class RayEngine:
                 task, tried = waiting[number]
                 if kind == "value":
                     yield Outcome(task, value, None, tried, cpu_s)
-                elif kind == "bad":
-                    yield Outcome(task, None, value, tried)
-                elif smaller := task.split():
+                elif smaller := task.split():  # which part it was is not known
                     again += [(part, 1) for part in smaller]
-                elif tried < ATTEMPTS:
-                    again.append((task, tried + 1))
-                else:
+                elif kind == "bad" or tried == ATTEMPTS:
                     yield Outcome(task, None, value, tried)
+                else:
+                    again.append((task, tried + 1))
             waiting = again
 
     def close(self) -> None:
