@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -81,7 +81,8 @@ class Pipeline:
         if retry:
             store.forget("quarantine")
         rows = store.rows("quarantine", QUARANTINE_COLUMNS)
-        self._bad = {(row["path"], row["clip"], row["key"]): row for row in rows}
+        # By the bytes of the file, where they were read: a file that was replaced is a new one.
+        self._bad = {(row["video"] or row["path"], row["clip"], row["key"]): row for row in rows}
 
     def run(self, paths: Sequence[str]) -> Found:
         """Everything, in order."""
@@ -100,6 +101,12 @@ class Pipeline:
         known = {(row["path"], row["stamp"]): row for row in rows}
         todo: list[ProbeTask] = []
         for path in self._progress.over("files", paths):
+            if not _is_utf8(path):  # neither Parquet nor JSON nor a page can hold such a name
+                self._found.quarantine.append(dict.fromkeys(QUARANTINE_COLUMNS) | {
+                    "path": path.encode("utf-8", "backslashreplace").decode(), "video": "", "stage": "probe", "key": "name",
+                    "reason": "its name is not UTF-8; rename it", "attempts": 0,
+                })  # fmt: skip
+                continue
             stamp = stamp_of(path)
             if (path, stamp) in known:
                 self._add_source(_source(known[path, stamp]))
@@ -126,11 +133,16 @@ class Pipeline:
     # Sources -> signals -> clips
 
     def _scan_and_clip(self) -> None:
-        done = self._known_clips()
+        stages = self._settings.signal_stages
+        lacking = self._known_clips()
+        # What a video's clips need: another way to cut, or another stage, is worth another try.
+        clips_key = digest(self._clip_key, *(self._keys[stage.name] for stage in stages))
         todo = [
             s
             for s in self._found.sources.values()
-            if s.video not in done and not self._is_bad(s.path, None, self._scan_key)
+            if s.video not in self._found.clips
+            if not self._is_bad(s.path, None, self._scan_key, s.video)
+            if not self._is_bad(s.path, None, clips_key, s.video)
         ]
         missing = [
             ScanTask(source, chunk, self._transnet)
@@ -150,48 +162,55 @@ class Pipeline:
                 self._store.write_signals(path, outcome.value)
         ready = [source for source in todo if source.video not in failed]
         fresh: list[dict[str, Any]] = []
-        stages = self._settings.signal_stages
-        for outcome in self._work(
-            "clips", self._clip_tasks(ready, stages), len(ready), fresh, f"clips/{self._clip_key}", CLIP_COLUMNS
-        ):
+        tasks = self._clip_tasks(ready, lambda source: lacking.get(source.video, stages))
+        for outcome in self._work("clips", tasks, len(ready), fresh, f"clips/{self._clip_key}", CLIP_COLUMNS):
             source = outcome.task.source
             if outcome.reason is not None:
-                self._quarantine(source.path, source.video, None, "clips", self._scan_key, outcome)
+                self._quarantine(source.path, source.video, None, "clips", clips_key, outcome)
                 continue
             found: Clips = outcome.value
-            for number, stage in enumerate(stages):
+            for stage in outcome.task.stages:
                 rows = [
                     {"clip": s.id, **scores} for s, scores in zip(found.spans, found.scores[stage.name], strict=True)
                 ]
                 self._append_scores(stage, rows)
-                del number
-            fresh += _clip_rows(source, found)
+            if source.video not in lacking:
+                fresh += _clip_rows(source, found)
             self._found.clips[source.video] = list(zip(found.spans, found.num_shots, found.similarity, strict=True))
 
-    def _known_clips(self) -> set[str]:
-        """Videos whose clips, and whose clips' signal scores, are in the store; they are added to what was found."""
+    def _known_clips(self) -> dict[str, tuple[Stage, ...]]:
+        """Videos whose clips are in the store, each with the signal stages that have not judged all of them.
+
+        Those that lack nothing are added to what was found.
+        """
         by_video: dict[str, list[dict[str, Any]]] = {}
         for row in self._store.rows(f"clips/{self._clip_key}", CLIP_COLUMNS):
             if row["video"] in self._found.sources:
                 by_video.setdefault(row["video"], []).append(row)
-        judged = [
-            {row["clip"] for row in self._store.rows(self._table(stage), {"clip": str})}
+        judged = {
+            stage: {row["clip"] for row in self._store.rows(self._table(stage), {"clip": str})}
             for stage in self._settings.signal_stages
-        ]
+        }
+        lacking: dict[str, tuple[Stage, ...]] = {}
         for video, rows in by_video.items():
             rows = sorted((row for row in rows if row["clip"]), key=lambda row: row["first"])
-            if all(row["clip"] in clips for row in rows for clips in judged):
+            lacking[video] = tuple(
+                stage for stage, clips in judged.items() if not clips.issuperset(row["clip"] for row in rows)
+            )
+            if not lacking[video]:
                 source = self._found.sources[video]
                 self._found.clips[video] = [(_span(source, row), row["num_shots"], row["similarity"]) for row in rows]
-        return set(self._found.clips)
+        return lacking
 
-    def _clip_tasks(self, sources: Iterable[Source], stages: tuple[Stage, ...]) -> Iterator[ClipTask]:
+    def _clip_tasks(
+        self, sources: Iterable[Source], stages_for: Callable[[Source], tuple[Stage, ...]]
+    ) -> Iterator[ClipTask]:
         for source in sources:
             parts = tuple(
-                self._store.signals_path(self._scan_key, source.video, chunk).read_bytes()
+                self._store.read_signals(self._store.signals_path(self._scan_key, source.video, chunk))
                 for chunk in range(len(source.chunks))
             )
-            yield ClipTask(source, parts, self._settings.shots, self._settings.stitch, stages)
+            yield ClipTask(source, parts, self._settings.shots, self._settings.stitch, stages_for(source))
 
     # Clips -> scores
 
@@ -235,7 +254,7 @@ class Pipeline:
         todo = [
             span
             for span in self._survivors(before)
-            if self._undecided(scores[span.id], stages) and not self._is_bad(span.path, span.id, key)
+            if self._undecided(scores[span.id], stages) and not self._is_bad(span.path, span.id, key, _video_of(span))
         ]
         tasks = [
             JudgeTask(batch, stages, self._settings.rules, {span.id: scores[span.id] for span in batch})
@@ -246,7 +265,7 @@ class Pipeline:
         ):
             if outcome.reason is not None:
                 for span in outcome.task.spans:
-                    self._quarantine(span.path, span.id.split("-")[0], span.id, name, key, outcome)
+                    self._quarantine(span.path, _video_of(span), span.id, name, key, outcome)
                 continue
             for stage in stages:
                 rows = [{"clip": clip, **new[stage.name]} for clip, new in outcome.value.items() if stage.name in new]
@@ -299,11 +318,11 @@ class Pipeline:
     def _table(self, stage: Stage) -> str:
         return f"scores/{stage.name}/{self._keys[stage.name]}"
 
-    def _is_bad(self, path: str, clip: str | None, key: str) -> bool:
+    def _is_bad(self, path: str, clip: str | None, key: str, video: str = "") -> bool:
         """Whether this is in quarantine; it is then part of what was found."""
-        row = self._bad.get((path, clip, key))
+        row = self._bad.get((video or path, clip, key))
         if row:
-            self._found.quarantine.append(row)
+            self._found.quarantine.append({**row, "path": path})
         return row is not None
 
     def _quarantine(self, path: str, video: str, clip: str | None, stage: str, key: str, outcome: Outcome) -> None:
@@ -317,6 +336,18 @@ class Pipeline:
 def digest(*parts: Any) -> str:
     """16 hex digits over JSON."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _video_of(span: ClipSpan) -> str:
+    return span.id.split("-")[0]
 
 
 def _source(row: dict[str, Any]) -> Source:

@@ -11,6 +11,8 @@ otherwise into smaller ones, so that one bad clip does not take its neighbours a
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +40,9 @@ class ProbeTask:
         """Raises BadVideo."""
         try:
             stamp = str(file_stamp(self.path))
+            # Reading a pipe or a device could wait, or go on, for ever.
+            if "://" not in self.path and not stat.S_ISREG(os.stat(self.path).st_mode):
+                raise BadVideo("it is no file but a folder, a pipe or a device")
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise BadVideo(f"cannot read the file ({getattr(error, 'strerror', None) or error})") from None
         return stamp, probe(self.path)
