@@ -19,7 +19,9 @@ SHOWN = 10  # quarantined items
 def print_summary(folder: Path, summary: Summary, quarantine: Sequence[Mapping[str, Any]]) -> None:
     """A table on stdout and a few lines."""
     console = Console(highlight=False)
-    table = Table(title=f"{folder}: from {summary.num_videos} videos", title_justify="left", box=None, pad_edge=False)
+    # Names of files and folders are foreign text: no markup, no control characters.
+    title = Text(_plain(f"{folder}: from {summary.num_videos} videos"))
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for name, justify in (("", "left"), ("clips", "right"), ("hours", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     table.add_row("found", f"{summary.num_clips:,}", f"{summary.hours:.3f}")
@@ -32,19 +34,17 @@ def print_summary(folder: Path, summary: Summary, quarantine: Sequence[Mapping[s
     if quarantine:
         console.print(f"{len(quarantine)} in quarantine (--retry tries them again):")
         for row in quarantine[:SHOWN]:
-            # A file's name is foreign text: no markup, no control characters.
-            console.print(
-                Text(_plain(f"  {row['clip'] or row['path']}  {row['stage']}: {row['reason']}")), soft_wrap=True
-            )
+            _line(console, f"  {row['clip'] or row['path']}  {row['stage']}: {row['reason']}")
         if len(quarantine) > SHOWN:
-            console.print(f"  ... {len(quarantine) - SHOWN} more in {folder / 'quarantine.parquet'}")
+            _line(console, f"  ... {len(quarantine) - SHOWN} more in {folder / 'quarantine.parquet'}")
     if summary.scan_cpu_s:
         rate = summary.scanned_s / summary.scan_cpu_s
         console.print(
             f"decoded {summary.scanned_s:,.0f} video-s at {rate:,.1f} video-s a core-s; all in {summary.wall_s:.1f} s"
         )
     if summary.num_kept:
-        console.print(f"manifest {folder / 'manifest.parquet'}\nreport   {folder / 'report.html'}", soft_wrap=True)
+        _line(console, f"manifest {folder / 'manifest.parquet'}")
+        _line(console, f"report   {folder / 'report.html'}")
     else:
         console.print(_nothing(summary), soft_wrap=True)
 
@@ -54,6 +54,10 @@ def _nothing(summary: Summary) -> str:
         return "no clip was found"
     most = Counter(summary.dropped).most_common(1)[0][0]
     return f"no clip stays; {most} dropped the most: try `vchitect-fast curate what-if`, or change its rule with --set"
+
+
+def _line(console: Console, text: str) -> None:
+    console.print(Text(_plain(text)), soft_wrap=True)
 
 
 def _plain(text: str) -> str:

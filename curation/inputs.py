@@ -61,7 +61,10 @@ def _urls(name: str) -> list[str]:
             names = [item for item in system.find(path) if os.path.splitext(item)[1].lower() in SUFFIXES]
         else:
             names = system.glob(path) if any(sign in path for sign in "*?[") else [path]
-        urls = [system.unstrip_protocol(item) for item in names]
+        # "simplecache::zip://a.mp4::file:///x.zip": the file system names only the link that has a place.
+        links = name.split("::")
+        place = next(k for k, link in enumerate(links) if "://" in link)
+        urls = ["::".join([*links[:place], system.unstrip_protocol(item), *links[place + 1 :]]) for item in names]
     except (ImportError, OSError, ValueError) as error:
         raise UserError(f"cannot list {name} ({error}); check the URL, or install what opens it.") from None
     if not urls:

@@ -84,9 +84,10 @@ def write_outputs(
     else:
         (folder / "manifest.parquet").unlink(missing_ok=True)
     summary = _summary(found, rows, settings, progress, wall_s)
-    with (folder / "runs.jsonl").open("a", encoding="utf-8") as file:
-        phases = [asdict(phase) for phase in progress.phases]
-        file.write(json.dumps({"ended": datetime.now(UTC).isoformat(), **asdict(summary), "phases": phases}) + "\n")
+    phases, log = [asdict(phase) for phase in progress.phases], folder / "runs.jsonl"
+    line = json.dumps({"ended": datetime.now(UTC).isoformat(), **asdict(summary), "phases": phases})
+    before = log.read_text(encoding="utf-8") if log.exists() else ""
+    write_text(log, f"{before}{line}\n")  # anew, so that a full disk leaves no half line
     return summary
 
 

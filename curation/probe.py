@@ -47,7 +47,7 @@ def file_stamp(path: str) -> tuple[int, str]:
     system, name = fsspec.core.url_to_fs(path)
     info = system.info(name)
     when = next(
-        (info[k] for k in ("ETag", "etag", "mtime", "LastModified", "last_modified", "created") if k in info), ""
+        (info[k] for k in ("ETag", "etag", "mtime", "LastModified", "last_modified", "CRC", "created") if k in info), ""
     )
     return int(info["size"]), str(when)
 
