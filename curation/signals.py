@@ -16,6 +16,7 @@ every max(1, round(fps / 8)) (VBench). Luma is the video's own, taken to full ra
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -28,8 +29,9 @@ from vchitect_fast.curation.probe import Source
 
 THUMB = 128  # short side in pixels
 LAYOUT = 8  # cells a side
-TRANSNET_MARGIN = 50  # frames of context on both sides of a chunk
-VERSION = 1  # raised whenever the same file gives other signals
+TRANSNET_STEP = 50  # its windows of 100 frames begin every 50, and the middle 50 count
+TRANSNET_AFTER = 75  # frames after one that counts, to which its window may reach
+VERSION = 2  # raised whenever the same file gives other signals
 
 
 @dataclass
@@ -91,33 +93,40 @@ def scan(
 ) -> Signals:  # fmt: skip
     """Decode chunk `chunk` of a video once. `transnet` takes frames as curation/transnet.py's TransNet does.
 
-    The frames before the chunk are decoded as well where its first frame needs them. Raises BadVideo.
+    Frames before the chunk, and for TransNet after it, are decoded as well, so that chunks give what the whole would.
+    Raises BadVideo.
     """
     import av
     import cv2
 
     cv2.setNumThreads(1)  # one process a core; OpenCV's own threads would fight over them
-    begin, stop = source.chunks[chunk], (*source.chunks, np.inf)[chunk + 1]
-    margin_s = (TRANSNET_MARGIN if transnet else 1.5) / source.fps
+    quarter = 0.25 / source.fps  # chunk times come from packets, frame times from frames
+    begin, stop = source.chunks[chunk] - quarter, (*source.chunks, np.inf)[chunk + 1] - quarter
     view = _View(source)
+    start, end = view.before(begin), stop
+    if transnet:
+        start, end = min(start, _window_start(begin, source.fps)), stop + TRANSNET_AFTER / source.fps
     rows: list[tuple[Any, ...]] = []
-    kept: list[bool] = []  # of the frames that TransNet has seen, which belong to the chunk
+    inside: list[bool] = []  # of the frames that TransNet has seen, which belong to the chunk
+    last: Any = None
     try:
         with open_video(source.path, threads) as container:
-            for time, frame in frames_from(container, begin - margin_s if chunk else 0.0):
-                # A quarter of a frame: chunk times come from packets, frame times from frames.
-                inside = begin - 0.25 / source.fps <= time < stop - 0.25 / source.fps
-                if time >= stop + (margin_s if transnet else 0) or (not inside and time >= stop and not transnet):
+            for time, frame in frames_from(container, max(0.0, start) if chunk else 0.0):
+                if time >= end:
                     break
-                if time < begin - 2 * margin_s:
+                if time < start:
+                    last = frame
                     continue
+                if last is not None:  # a frame shown long enough to lie before `start` is still the one to compare with
+                    view.compare_with(last)
+                    last = None
                 thumb = view.thumb(frame)
                 if transnet:
                     transnet.push(cv2.resize(thumb, (48, 27), interpolation=cv2.INTER_AREA))
-                    kept.append(inside)
-                if time < stop - 0.25 / source.fps:
-                    row = view.row(time, frame, thumb, first=not inside or not rows)
-                    if inside:
+                    inside.append(begin <= time < stop)
+                if time < stop:
+                    row = view.row(time, frame, thumb)
+                    if time >= begin:
                         rows.append(row)
                         on_frame()
     except av.FFmpegError as error:
@@ -125,12 +134,20 @@ def scan(
     if not rows:
         raise BadVideo(f"no frame decodes between {begin:.2f} and {min(stop, source.seconds):.2f} s")
     columns = [np.asarray(column, np.float32) for column in zip(*(row[1:-1] for row in rows), strict=True)]
-    cut = transnet.finish()[np.asarray(kept)] if transnet else np.full(len(rows), np.nan)
+    cut = transnet.finish()[np.asarray(inside)] if transnet else np.full(len(rows), np.nan)
     times, layouts = np.asarray([row[0] for row in rows]), np.stack([row[-1] for row in rows])
     content, luma_change, brightness, contrast, saturation, flow, shift_x, shift_y = columns
     return Signals(
         times, content, luma_change, brightness, contrast, saturation, layouts, flow, shift_x, shift_y, cut.astype(np.float32)
     )  # fmt: skip
+
+
+def _window_start(begin: float, fps: float) -> float:
+    """A time (s), half a frame early, from which TransNet's windows lie as from the start of the video.
+
+    Exact at a constant frame rate. The first window of a stream sees frames that are not there, so it is one before `begin`'s.
+    """
+    return (TRANSNET_STEP * (math.ceil(begin * fps) // TRANSNET_STEP - 1) - 0.5) / fps
 
 
 def whole(source: Source, parts: list[Signals]) -> Signals:
@@ -163,8 +180,18 @@ class _View:
         width, height = max(THUMB, round(frame.width * scale)), max(THUMB, round(frame.height * scale))
         return self._reformatter.reformat(frame, width, height, format="rgb24", interpolation="AREA").to_ndarray()
 
-    def row(self, time: float, frame: Any, thumb: np.ndarray, *, first: bool) -> tuple[Any, ...]:
-        """The signals of a frame; `first` of a chunk's own frames has no sampled frame before it on this grid."""
+    def before(self, time: float) -> float:
+        """From when on (s) frames are needed for the flow at `time`: the sampled frame before it and all in its slot."""
+        return (self._slot(time) - 1.5) * self._every_s
+
+    def compare_with(self, frame: Any) -> None:
+        """Let the next row be compared with this frame; nothing is sampled."""
+        import cv2
+
+        self._hsv, self._luma = cv2.cvtColor(self.thumb(frame), cv2.COLOR_RGB2HSV), self._luma_of(frame)
+
+    def row(self, time: float, frame: Any, thumb: np.ndarray) -> tuple[Any, ...]:
+        """The signals of a frame."""
         import cv2
 
         hsv, luma = cv2.cvtColor(thumb, cv2.COLOR_RGB2HSV), self._luma_of(frame)
@@ -175,15 +202,21 @@ class _View:
         self._hsv, self._luma = hsv, luma
         grey = cv2.cvtColor(thumb, cv2.COLOR_RGB2GRAY)
         mean, deviation = cv2.meanStdDev(grey)
-        layout = cv2.resize(thumb, (LAYOUT, LAYOUT), interpolation=cv2.INTER_AREA).reshape(-1)
+        layout = cv2.resize(thumb, (LAYOUT, LAYOUT), interpolation=cv2.INTER_AREA)
+        if frame.rotation:
+            layout = np.rot90(layout, round(frame.rotation / 90) % 4)
         flow = self._flow_to(time, grey)
-        return time, content, luma_change, mean[0, 0], deviation[0, 0], cv2.mean(hsv)[1], *flow, layout
+        return time, content, luma_change, mean[0, 0], deviation[0, 0], cv2.mean(hsv)[1], *flow, layout.reshape(-1)
+
+    def _slot(self, time: float) -> int:
+        """By time, not by count: chunks and variable rates keep one grid."""
+        return math.floor(time / self._every_s + 0.5)
 
     def _flow_to(self, time: float, grey: np.ndarray) -> tuple[float, float, float]:
         """(top-5 % magnitude, median x, median y) from the sampled frame before, NaN where nothing is sampled."""
         import cv2
 
-        slot = int(time / self._every_s + 0.5)  # by time, not by count: chunks and variable rates keep one grid
+        slot = self._slot(time)
         if self._sampled is not None and (slot == self._sampled[0] or self._sampled[1].shape != grey.shape):
             return (np.nan,) * 3
         before, self._sampled = self._sampled, (slot, grey)
@@ -197,15 +230,23 @@ class _View:
         return float(top), float(coarse[0]), float(coarse[1])
 
     def _luma_of(self, frame: Any) -> np.ndarray:
-        """The luma plane as it lies in the frame when it has 8 bits, else converted grey; sets the scale to 0..255."""
+        """The luma plane as it lies in the frame where it is planar, else converted grey; sets the scale to 0..255."""
         name = frame.format.name
-        if name in _PLANAR_LUMA:
-            plane = frame.planes[0]
-            # AVCOL_RANGE_JPEG is 2; limited range spans 219 steps.
-            self._luma_scale = 1.0 if name.startswith("yuvj") or frame.color_range == 2 else 255 / 219
-            return np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
-        self._luma_scale = 1.0
-        return frame.reformat(format="gray").to_ndarray()
+        if name not in _LUMA_STEPS:
+            self._luma_scale = 1.0
+            return frame.reformat(format="gray").to_ndarray()
+        plane, steps = frame.planes[0], _LUMA_STEPS[name]
+        # AVCOL_RANGE_JPEG is 2; limited range spans 219 steps of 8 bits.
+        full = name.startswith("yuvj") or frame.color_range == 2
+        self._luma_scale = (1.0 if full else 255 / 219) / steps
+        rows = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
+        return (rows if steps == 1 else rows.view(np.uint16))[:, : plane.width]
 
 
-_PLANAR_LUMA = {"yuv420p", "yuv422p", "yuv444p", "yuvj420p", "yuvj422p", "yuvj444p", "nv12", "nv21"}
+# Pixel formats with a luma plane of their own -> steps of it in one of 8 bits.
+_LUMA_STEPS = (
+    dict.fromkeys(("yuv420p", "yuv422p", "yuv444p", "yuvj420p", "yuvj422p", "yuvj444p", "nv12", "nv21"), 1)
+    | dict.fromkeys(("yuv420p10le", "yuv422p10le", "yuv444p10le"), 4)
+    | dict.fromkeys(("yuv420p12le", "yuv422p12le", "yuv444p12le"), 16)
+    | dict.fromkeys(("p010le",), 256)
+)
