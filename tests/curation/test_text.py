@@ -140,7 +140,7 @@ def test_onnxruntime_leaves_no_identifier_at_home_and_easyocr_no_folder(tmp_path
 
 def test_rapidocr_drops_nothing_by_a_score_of_its_own() -> None:
     pytest.importorskip("rapidocr", reason="needs rapidocr")
-    assert text._rapid(1).text_score == 0  # its default of 0.5 would hide what counts from 0.4
+    assert text._rapid(1, 384).text_score == 0  # its default of 0.5 would hide what counts from 0.4
 
 
 class Told(Text):
