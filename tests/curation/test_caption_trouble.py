@@ -108,6 +108,14 @@ def test_a_wait_past_the_deadline_is_not_begun(server: Server) -> None:
     assert server.clock.time == 0
 
 
+def test_a_place_past_the_deadline_is_not_used(server: Server) -> None:
+    server.script = [error(500, "no")]
+    stage = small(server, requests_per_minute=0.1)
+    with pytest.raises(NoCaption, match="in 1 attempts and deadline_s=600, the last got HTTP 500: no"):
+        stage.score([sample(stage)])
+    assert len(server.requests) == 1
+
+
 def test_the_deadline_counts_everything(server: Server) -> None:
     server.script = [trickle]
     stage = small(server, deadline_s=150, retries=50)
