@@ -41,7 +41,7 @@ class Encoder:
 
     def options(self, width: int, height: int, fps: float) -> list[str]:
         """ffmpeg's output options for a video of this size (pixels) and rate; a key frame at least every second."""
-        rate = ()
+        rate: tuple[str, ...] = ()
         if self.name == "libopenh264":
             rate = ("-b:v", str(max(100_000, round(_BITS_PER_PIXEL * width * height * fps))))
         return ["-c:v", self.name, *_OPTIONS[self.name], *rate, "-g", str(max(1, round(fps))), "-pix_fmt", "yuv420p"]

@@ -140,7 +140,7 @@ def _opened(path: Path) -> Iterator[av.container.InputContainer]:
     """The container of a file, or of a tar's member (members.py); closed at the end, the container before its file."""
     with ExitStack() as stack:
         try:
-            container = stack.enter_context(av.open(stack.enter_context(members.opened(path))))
+            container = stack.enter_context(av.open(stack.enter_context(members.opened(path)), "r"))
         except (av.FFmpegError, OSError) as error:
             raise DecodeError(f"cannot open it as a video ({error.strerror or error})", whole_file=True) from None
         yield container

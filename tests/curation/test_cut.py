@@ -7,8 +7,10 @@ pytest tests/curation/test_cut.py
 
 from __future__ import annotations
 
+import random
 import subprocess
 from dataclasses import replace
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import numpy as np
 import pytest
 from real_video import BIKES_CUTS, bikes, bikes_clips, truncate
 
-from vchitect_fast.curation.cut import Cut, Span, cut, read_back, scan
+from vchitect_fast.curation.cut import Cut, Packets, Span, _whole_groups, cut, read_back, scan
 from vchitect_fast.curation.encoders import ORDER, Encoder, choose, find_ffmpeg, trial
 from vchitect_fast.curation.frames import BadVideo
 from vchitect_fast.errors import UserError
@@ -88,7 +90,9 @@ def test_the_six_shots_hold_their_frames_and_no_other(tmp_path: Path, name: str)
         span = Span(str(clip.path), clip.start, clip.end, clip.num_frames, clip.fps)
         result = cut(span, out, "exact", found, "stamp")
         first = round(clip.start * 25)
-        assert result == Cut("exact", name, "", 0, clip.start, clip.num_frames, pytest.approx(clip.seconds), 25.0, 640, 272)
+        assert result == Cut(
+            "exact", name, "", 0, clip.start, clip.num_frames, pytest.approx(clip.seconds), 25.0, 640, 272
+        )
         assert_frames(out, bikes(), first, clip.num_frames)
         frames, source = read_video(out)[0].numpy().astype(np.float32), read_video(bikes())[0].numpy()
         mse = np.square(frames - source[first : first + clip.num_frames]).mean()
@@ -106,7 +110,7 @@ VARIANTS = {
     "ntsc": ("v.mp4", ["-r", "30000/1001", "-vf", "setpts=N*1001/30000/TB", "-c:v", "libx264"]),
     "ten bits": ("v.mp4", ["-pix_fmt", "yuv420p10le", "-c:v", "libx265", "-x265-params", "log-level=none"]),
     "open groups": ("v.mp4", ["-c:v", "libx264", "-g", "20", "-x264-params", "open-gop=1:bframes=3:b-pyramid=normal:scenecut=0"]),
-    "odd sides": ("v.mkv", ["-vf", "crop=121:63:20:2", "-pix_fmt", "yuv444p", "-c:v", "libx264"]),
+    "odd sides": ("v.mkv", ["-vf", "format=yuv444p,crop=121:63:20:2", "-c:v", "libx264"]),
     "full range": ("v.mp4", ["-vf", "scale=out_range=pc", "-pix_fmt", "yuvj420p", "-c:v", "libx264"]),
     "one key frame": ("v.mp4", ["-c:v", "libx264", "-g", "999", "-x264-params", "scenecut=0"]),
     "vp9": ("v.webm", ["-c:v", "libvpx-vp9", "-cpu-used", "8", "-deadline", "realtime", "-b:v", "3M"]),
@@ -159,6 +163,15 @@ def test_times_rounded_in_a_table_name_the_same_frames(tmp_path: Path, encoder: 
     rounded = replace(span, start=round(span.start, 2), end=round(span.end, 2))
     cut(rounded, tmp_path / "out.mp4", "exact", encoder, "s")
     assert_frames(tmp_path / "out.mp4", source, 31, 30)
+
+
+def test_a_frame_close_before_the_clip_is_not_of_it(tmp_path: Path, encoder: Encoder, small: Path) -> None:
+    times = "setpts='(N*0.04-eq(N,12)*0.035)/TB'"  # frame 12 comes 5 ms after frame 11
+    source = made(
+        tmp_path / "v.mkv", "-vf", times, "-fps_mode", "passthrough", "-enc_time_base", "1:1000", "-c:v", "libx264", source=small
+    )  # fmt: skip
+    cut(span_of(source, 12, 48), tmp_path / "out.mp4", "exact", encoder, "s")
+    assert_frames(tmp_path / "out.mp4", source, 12, 37)
 
 
 @pytest.mark.parametrize("name", ["v.mp4", "v.ts", "v.mkv"])
@@ -237,6 +250,33 @@ def test_what_cannot_be_cut_is_refused_with_the_reason_and_leaves_nothing(tmp_pa
     assert not out.exists() or not list(out.iterdir())
 
 
+def test_damage_within_the_clip_is_not_painted_over(tmp_path: Path, encoder: Encoder, small: Path) -> None:
+    """One byte flipped, at twelve places in turn: a clip comes out as from the whole file, or not at all."""
+    whole, draw, outcomes = small.read_bytes(), random.Random(0), []
+    span = span_of(small, 70, 99)
+    cut(span, tmp_path / "true.mp4", "exact", encoder, "s")
+    for _ in range(12):
+        content = bytearray(whole)
+        content[draw.randrange(2_000, len(content) - 6_000)] ^= 0x55
+        (tmp_path / "flipped.mp4").write_bytes(content)
+        try:
+            cut(replace(span, path=str(tmp_path / "flipped.mp4")), tmp_path / "a.mp4", "exact", encoder, "s")
+            same = (tmp_path / "a.mp4").read_bytes() == (tmp_path / "true.mp4").read_bytes()
+            outcomes.append("same" if same else "other")
+        except BadVideo:
+            outcomes.append("refused")
+    assert set(outcomes) == {"refused", "same"}, outcomes
+
+
+def test_a_group_whose_frames_come_after_the_clip_ends_is_not_copied_with_a_hole() -> None:
+    pts = [0, 4, 8, 1, 2, 3, 12, 5, 6, 7, 9, 10, 11]  # 12 must be decoded before 5, and the clip ends at 10
+    order = [(time, time == 0) for time in pts]
+    packets = Packets(Fraction(1, 25), 0, order, list(range(11)), None, "h264")
+    assert _whole_groups(packets) == ([], "its whole groups of pictures hold 1 of 11 frames")
+    whole = replace(packets, order=order[:1] + order[1:2] + order[3:6], frames=list(range(5)))
+    assert _whole_groups(whole) == ([0, 1, 2, 3, 4], "")
+
+
 def test_what_is_read_back_is_the_same_clip_whole(tmp_path: Path, encoder: Encoder) -> None:
     out = tmp_path / "a.mp4"
     cut(span_of(bikes(), 31, 74), out, "exact", encoder, "stamp")
@@ -244,7 +284,9 @@ def test_what_is_read_back_is_the_same_clip_whole(tmp_path: Path, encoder: Encod
     assert read_back(str(bikes()), "stamp") is None
     assert read_back(str(tmp_path / "absent.mp4"), "stamp") is None
     size = out.stat().st_size
-    for lost in (1, 500, size // 2, size - 10):
+    with av.open(str(out)) as container:
+        last = max(packet.pos for packet in container.demux(video=0) if packet.size)
+    for lost in (1, 500, size - last, size // 2, size - 10):
         (tmp_path / "b.mp4").write_bytes(out.read_bytes()[: size - lost])
         assert read_back(str(tmp_path / "b.mp4"), "stamp") is None, lost
 
