@@ -93,4 +93,8 @@ class RayEngine:
 
 
 def _attempt(row: dict[str, Any]) -> dict[str, Any]:
-    return {"number": row["number"], "result": pickle.dumps(attempt(pickle.loads(row["task"])))}
+    try:
+        result = attempt(pickle.loads(row["task"]))
+    except (ImportError, AttributeError) as error:
+        result = ("error", f"this node cannot load the task, install the same package there: {error}", 0.0)
+    return {"number": row["number"], "result": pickle.dumps(result)}
