@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,13 +92,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--out is a folder, got {args.out}; the manifest will be {args.out.stem}/manifest.parquet.")
     paths = find_videos(args.videos)
     settings.check()
-    progress = Progress(quiet=args.json)
-    with Store(args.out) as store:
-        engine = _engine(args)
-        try:
-            found = Pipeline(store, settings, engine, progress, retry=args.retry).run(paths)
-        finally:
-            engine.close()
+    progress, engine = Progress(quiet=args.json), _engine(args)
+    with closing(engine), Store(args.out) as store:
+        found = Pipeline(store, settings, engine, progress, retry=args.retry).run(paths)
         wall_s = time.perf_counter() - began
         summary: Summary = write_outputs(args.out, found, settings, progress, caption=args.caption, wall_s=wall_s)
         page = write_report(args.out) if summary.num_clips else None
