@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vchitect_fast.errors import UserError
+from vchitect_fast.manifest import SUFFIXES
 
 if TYPE_CHECKING:
     from vchitect_fast.curation.engines import Engine
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     if args.min_seconds is not None:
         overrides.append(f"rules.length.seconds=>= {args.min_seconds}")
     settings = load(args.config, overrides)
-    if args.out.suffix or args.out.is_file():
+    if args.out.suffix in SUFFIXES or args.out.is_file():
         raise UserError(f"--out is a folder, got {args.out}; the manifest will be {args.out.stem}/manifest.parquet.")
     paths = find_videos(args.videos)
     settings.check()
