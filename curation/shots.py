@@ -128,6 +128,8 @@ def adaptive_cuts(content: np.ndarray, fps: float, settings: ShotSettings) -> li
 HALF_WIDTHS_S = (0.1, 0.16, 0.24, 0.32, 0.48, 0.64, 0.9)  # half the lengths (s) looked for: about 0.2 to 2 s
 MIN_CHANGE = 18.0  # mean absolute change of the 8x8 layout across a transition, 0..255: two pictures, not one moving
 MAX_RESIDUAL = 0.2  # distance of the frames between from a mixture of the two ends, as a share of that change
+EVEN = 4.0  # deviation of the grey thumb, 0..255, below which a picture is even: black, white, one colour
+MAX_EVEN_S = 2.0  # even pictures for longer are a shot, whatever it shows
 BLOCK = 20_000  # frames looked at together, so that memory does not grow with the video
 
 
@@ -136,9 +138,10 @@ def transitions(signals: Signals, fps: float) -> list[tuple[int, int]]:
 
     A dissolve mixes two pictures: every frame in it lies, as an 8x8 colour layout, on the straight line between the layouts
     before and after, and moves along it evenly. A moving camera leaves that line, a hard cut jumps along it. A fade is a
-    dissolve with an even picture; a fade out and the fade in after it become one transition.
+    dissolve with an even picture; a fade out and the fade in after it become one transition. Even pictures for a moment
+    (black, white) are one by themselves: a fade of few frames leaves nothing else.
     """
-    found: list[tuple[int, int]] = []
+    found = _even_runs(signals, fps)
     for half in sorted({max(3, round(width * fps)) for width in HALF_WIDTHS_S}):
         for begin in range(0, len(signals), BLOCK):
             block = signals[slice(max(0, begin - half), begin + BLOCK + half)]
@@ -171,11 +174,18 @@ def _mixtures(layout: np.ndarray, half: int) -> list[tuple[int, int]]:
     return [(int(t), int(t) + 2 * half) for t in np.flatnonzero(good)]
 
 
+def _even_runs(signals: Signals, fps: float) -> list[tuple[int, int]]:
+    """Runs of even pictures of at most MAX_EVEN_S, unless the video shows nothing else."""
+    even = np.concatenate([[False], signals.contrast < EVEN, [False]])
+    edges = np.flatnonzero(even[1:] != even[:-1]).reshape(-1, 2)
+    return [(int(a), int(b) - 1) for a, b in edges if b - a <= min(MAX_EVEN_S * fps, len(signals) - 1)]
+
+
 def _merged(ranges: list[tuple[int, int]], signals: Signals) -> list[tuple[int, int]]:
     """Overlapping ranges joined, then those that are separated by an even picture (black, white) only."""
     merged: list[tuple[int, int]] = []
     for first, last in ranges:
-        if merged and (first <= merged[-1][1] + 1 or (signals.contrast[merged[-1][1] : first + 1] < 4).all()):
+        if merged and (first <= merged[-1][1] + 1 or (signals.contrast[merged[-1][1] : first + 1] < EVEN).all()):
             merged[-1] = (merged[-1][0], max(merged[-1][1], last))
         else:
             merged.append((first, last))

@@ -130,9 +130,11 @@ def scan(
                         rows.append(row)
                         on_frame()
     except av.FFmpegError as error:
-        raise BadVideo(f"decoding stopped at {rows[-1][0] if rows else begin:.2f} s ({reason(error)})") from None
+        raise BadVideo(
+            f"decoding stopped at {rows[-1][0] if rows else source.chunks[chunk]:.2f} s ({reason(error)})"
+        ) from None
     if not rows:
-        raise BadVideo(f"no frame decodes between {begin:.2f} and {min(stop, source.seconds):.2f} s")
+        raise BadVideo(f"no frame decodes after {source.chunks[chunk]:.2f} s")
     columns = [np.asarray(column, np.float32) for column in zip(*(row[1:-1] for row in rows), strict=True)]
     cut = transnet.finish()[np.asarray(inside)] if transnet else np.full(len(rows), np.nan)
     times, layouts = np.asarray([row[0] for row in rows]), np.stack([row[-1] for row in rows])
@@ -170,6 +172,7 @@ class _View:
         self._reformatter = VideoReformatter()  # kept: setting one up costs more than using it
         self._flow: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
         self._every_s = max(1, round(source.fps / 8)) / source.fps
+        self._quarter_s = 0.25 / source.fps
         self._hsv: np.ndarray | None = None
         self._luma: np.ndarray | None = None
         self._sampled: tuple[int, np.ndarray] | None = None
@@ -182,7 +185,7 @@ class _View:
 
     def before(self, time: float) -> float:
         """From when on (s) frames are needed for the flow at `time`: the sampled frame before it and all in its slot."""
-        return (self._slot(time) - 1.5) * self._every_s
+        return (self._slot(time) - 1) * self._every_s - self._quarter_s
 
     def compare_with(self, frame: Any) -> None:
         """Let the next row be compared with this frame; nothing is sampled."""
@@ -209,8 +212,8 @@ class _View:
         return time, content, luma_change, mean[0, 0], deviation[0, 0], cv2.mean(hsv)[1], *flow, layout.reshape(-1)
 
     def _slot(self, time: float) -> int:
-        """By time, not by count: chunks and variable rates keep one grid."""
-        return math.floor(time / self._every_s + 0.5)
+        """By time, not by count: chunks and variable rates keep one grid. Its lines lie between frames, not on them."""
+        return math.floor((time + self._quarter_s) / self._every_s)
 
     def _flow_to(self, time: float, grey: np.ndarray) -> tuple[float, float, float]:
         """(top-5 % magnitude, median x, median y) from the sampled frame before, NaN where nothing is sampled."""
