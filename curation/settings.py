@@ -83,6 +83,24 @@ class Settings:
 
             TransNet()
 
+    def shot_weights(self) -> str:
+        """What decides TransNetV2's probabilities, "" for the other backend."""
+        if self.shots.backend != "transnet":
+            return ""
+        from vchitect_fast.curation.transnet import VERSION, transnet_weights
+
+        return f"{VERSION} {transnet_weights()}"
+
+    def stitch_weights(self) -> str:
+        """Key of the embedding, "" where nothing is stitched; the folder of its weights is not in it."""
+        if self.stitch.backend == "none":
+            return ""
+        from vchitect_fast.curation.embedding import ClipEmbedding, LayoutEmbedding, ViclipEmbedding
+
+        if self.stitch.backend == "layout":
+            return LayoutEmbedding().key()
+        return {"clip": ClipEmbedding, "viclip": ViclipEmbedding}[self.stitch.backend](self.stitch.weights).key()
+
     def keys(self) -> dict[str, str]:
         """Stage name -> its key."""
         found: dict[str, str] = {}
@@ -124,12 +142,12 @@ def from_dict(values: Mapping[str, Any]) -> Settings:
             raise unknown_name("section", str(name), {"shots", "stitch", "rules", *STAGES})
     chosen: list[Stage] = []
     for name, backends in STAGES.items():
-        section = values.get(name, {} if name in DEFAULT else None)
-        if section is None or section is False:
+        section = values.get(name, name in DEFAULT)
+        if section is False:
             continue
         section = dict(_mapping(name, {} if section is True else section))
         backend = section.pop("backend", next(iter(backends)))
-        if backend not in backends:
+        if not isinstance(backend, str) or backend not in backends:
             raise unknown_name(f"{name}.backend", str(backend), backends)
         module, _, cls = backends[backend].partition(":")
         chosen.append(_built(getattr(importlib.import_module(f"vchitect_fast.curation.{module}"), cls), name, section))
@@ -140,16 +158,18 @@ def from_dict(values: Mapping[str, Any]) -> Settings:
     )
     stages = tuple(ordered)
     return Settings(
-        _built(ShotSettings, "shots", _mapping("shots", values.get("shots") or {})),
-        _built(StitchSettings, "stitch", _mapping("stitch", values.get("stitch") or {})),
+        _built(ShotSettings, "shots", _mapping("shots", values.get("shots"))),
+        _built(StitchSettings, "stitch", _mapping("stitch", values.get("stitch"))),
         stages,
-        _rules(stages, _mapping("rules", values.get("rules") or {})),
+        _rules(stages, _mapping("rules", values.get("rules"))),
     )  # fmt: skip
 
 
 def _mapping(name: str, value: Any) -> Mapping[str, Any]:
+    value = {} if value is None else value  # "text:" with nothing behind it
     if not isinstance(value, Mapping):
-        raise UserError(f"{name} must be a section of `name: value`, or off, got {value!r}; see curate --help.")
+        more = ", or off" if name in STAGES else ""
+        raise UserError(f"{name} must be a section of `name: value`{more}, got {value!r}; see curate --help.")
     return value
 
 
@@ -168,7 +188,7 @@ def _built(cls: Any, section: str, values: Mapping[str, Any]) -> Any:
 def _rules(stages: Sequence[Stage], asked: Mapping[str, Any]) -> tuple[Rule, ...]:
     """The stages' own rules, replaced or switched off by those asked for, in cascade order."""
     texts = {f"{stage.name}.{score}": text for stage in stages for score, text in stage.rules.items()}
-    names = {f"{stage.name}.{score}" for stage in stages for score in stage.columns}
+    names = {f"{s.name}.{score}" for s in stages for score, kind in s.columns.items() if kind in (float, int, bool)}
     for name, text in asked.items():
         full = next((f"{stage.name}.{stage.main}" for stage in stages if stage.name == name), str(name))
         if full not in names:
