@@ -62,7 +62,7 @@ class StageFacts:
     weights: str  # hash, "" without weights
     parameters: dict[str, Any]
     key: str
-    main: str  # the score meant when only the stage is named
+    main: str  # the score meant when only the stage is named, "" for what gives no score (cutting.json)
     rules: dict[str, str]  # score -> condition
     columns: dict[str, str]  # score -> float, int, bool, str or list
 
@@ -261,7 +261,11 @@ def read_stages(path: Path) -> tuple[StageFacts, ...]:
                 )
         stage = StageFacts(**{name: item[name] for name in kinds})
         unknown = [f"type {kind!r}" for kind in stage.columns.values() if kind not in SCORE_TYPES]
-        unknown += [f"score {score!r}" for score in (*stage.rules, stage.main) if score not in stage.columns]
+        unknown += [
+            f"score {score!r}"
+            for score in (*stage.rules, *([stage.main] if stage.columns else []))
+            if score not in stage.columns
+        ]
         if unknown or stage.name in {other.name for other in stages}:
             wrong = f"the unknown {unknown[0]}" if unknown else "the name of an earlier stage"
             raise UserError(f"stage {number} of {path} ({stage.name}) has {wrong}; {_REMEDY}.")

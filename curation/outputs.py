@@ -3,7 +3,7 @@
     clips.parquet       a row a clip: where it is, kept or dropped by which stage and why, every score as "stage.score"
     manifest.parquet    the clips kept, as training reads them (manifest.py), with the same scores
     sources.parquet     a row a video;  quarantine.parquet  what could not be used and why
-    stages.json         the cascade: backend, weights, parameters, rules
+    stages.json         the cascade: backend, weights, parameters, rules;  cutting.json  the same of shots and stitching
     runs.jsonl          what each run did and how fast
 
 All of it is made anew by every run from the tables in state/ and is not meant to be edited; a rule that changes only changes
@@ -21,7 +21,7 @@ from typing import Any
 
 from vchitect_fast.curation.caption_beside import captions_beside
 from vchitect_fast.curation.duplicates import NAME as DUPLICATE_STAGE
-from vchitect_fast.curation.pipeline import QUARANTINE_COLUMNS, Found
+from vchitect_fast.curation.pipeline import QUARANTINE_COLUMNS, VERSION, Found, digest
 from vchitect_fast.curation.progress import Progress
 from vchitect_fast.curation.settings import DUPLICATE, Settings
 from vchitect_fast.curation.stage import ClipSpan, Scores
@@ -74,6 +74,7 @@ def write_outputs(
     ]
     write_table(folder / "sources.parquet", sources, kinds)
     write_text(folder / "stages.json", json.dumps(cascade(settings), indent=1) + "\n")
+    write_text(folder / "cutting.json", json.dumps(cutting(settings), indent=1) + "\n")
     kept = [row for row in rows if row["kept"]]
     if kept:
         hidden = ("kept", "dropped_by", "reason")
@@ -158,6 +159,21 @@ def cascade(settings: Settings) -> list[dict[str, Any]]:
                     "columns": {name: kind.__name__ for name, kind in DUPLICATE_COLUMNS.items()},
                 }
             )  # fmt: skip
+    return facts
+
+
+def cutting(settings: Settings) -> list[dict[str, Any]]:
+    """What cutting.json holds: how videos became clips, in the form of stages.json."""
+    weights = {"shots": settings.shot_weights(), "stitch": settings.stitch_weights()}
+    facts = []
+    for name, part in (("shots", settings.shots), ("stitch", settings.stitch)):
+        parameters = {key: value for key, value in asdict(part).items() if key not in ("backend", "weights", "device")}
+        facts.append(
+            {
+                "name": name, "backend": part.backend, "version": VERSION, "weights": weights[name], "parameters": parameters,
+                "key": digest(part.backend, weights[name], parameters), "main": "", "rules": {}, "columns": {},
+            }
+        )  # fmt: skip
     return facts
 
 

@@ -75,9 +75,9 @@ class Pipeline:
         self._keys = settings.keys()
         shots = settings.shots
         self._transnet = shots.backend == "transnet"
-        self._scan_key = digest(signals.VERSION, self._transnet and _transnet_weights())
-        stitch_key = settings.stitch.backend, _stitch_weights(settings), asdict(settings.stitch) | {"device": ""}
-        self._clip_key = digest(VERSION, self._scan_key, asdict(shots), stitch_key)
+        self._scan_key = digest(signals.VERSION, settings.shot_weights())
+        stitch = asdict(settings.stitch) | {"device": "", "weights": settings.stitch_weights()}
+        self._clip_key = digest(VERSION, self._scan_key, asdict(shots), stitch)
         if retry:
             store.forget("quarantine")
         rows = store.rows("quarantine", QUARANTINE_COLUMNS)
@@ -373,21 +373,3 @@ def _clip_rows(source: Source, found: Clips) -> list[dict[str, Any]]:
 def _chunk_seconds(task: ScanTask) -> float:
     edges = (*task.source.chunks, task.source.seconds)
     return max(0.0, edges[task.chunk + 1] - edges[task.chunk])
-
-
-def _transnet_weights() -> str:
-    from vchitect_fast.curation.transnet import VERSION as network
-    from vchitect_fast.curation.transnet import transnet_weights
-
-    return f"{network} {transnet_weights()}"
-
-
-def _stitch_weights(settings: Settings) -> str:
-    from vchitect_fast.curation.embedding import ClipEmbedding, LayoutEmbedding, ViclipEmbedding
-
-    stitch = settings.stitch
-    if stitch.backend == "none":
-        return ""
-    if stitch.backend == "layout":
-        return LayoutEmbedding().key()
-    return {"clip": ClipEmbedding, "viclip": ViclipEmbedding}[stitch.backend](stitch.weights).key()

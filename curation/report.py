@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from vchitect_fast.curation import report_figures as figures
-from vchitect_fast.curation.dataset import HOURS, LENGTH_S, WORDS, Dataset, StageFacts, counted, duration
+from vchitect_fast.curation.dataset import HOURS, LENGTH_S, WORDS, Dataset, StageFacts, counted, duration, read_stages
 from vchitect_fast.curation.frames import BadVideo, clip_frames
 from vchitect_fast.curation.report_page import bar, cards, figure, foreign, page, table, text
 from vchitect_fast.curation.rules import Rule
@@ -71,7 +71,7 @@ def write_report(folder: str | Path) -> Path:
         "<h2>Scores and rules</h2>", *_scores(data),
         "<h2>The set that stays</h2>", *_set(data),
         *_quarantine(data),
-        "<h2>Settings</h2>", _settings(data.stages),
+        "<h2>Settings</h2>", _settings(_cutting(data.folder) + data.stages),
         "<h2>Next</h2>", f"<pre>{'<br>'.join(text(line) for line in commands(data))}</pre>",
     ]  # fmt: skip
     write_text(path, page(title, body))
@@ -321,6 +321,12 @@ def _quarantine(data: Dataset) -> Iterable[str]:
     )
     if num > len(rows):
         yield f"<p>The first {len(rows)} of {num:,}; the rest is in quarantine.parquet.</p>"
+
+
+def _cutting(folder: Path) -> tuple[StageFacts, ...]:
+    """How videos became clips; nothing for a folder that does not say."""
+    path = folder / "cutting.json"
+    return read_stages(path) if path.exists() else ()
 
 
 def _settings(stages: Sequence[StageFacts]) -> str:
