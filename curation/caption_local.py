@@ -136,13 +136,27 @@ def _load(folder: str, device: str) -> tuple[Any, Any]:
         raise UserError(
             "captions by a local model need transformers (it builds the model); pip install 'vchitect-fast[models]'."
         ) from None
-    local = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        processor = AutoProcessor.from_pretrained(folder, **local)
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype="auto", use_safetensors=True, output_loading_info=True, **local
+    processor = _read(AutoProcessor, folder)
+    if not (hasattr(processor, "image_processor") and hasattr(processor, "tokenizer")):
+        raise UserError(
+            f"{folder} must hold a processor of pictures and text, got a {type(processor).__name__}; copy it again."
         )
-        model, found = loaded
+    model, found = _read(
+        AutoModelForImageTextToText, folder, dtype="auto", use_safetensors=True, output_loading_info=True
+    )
+    if missing := sorted(found["missing_keys"]):
+        rest = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(
+            f"the safetensors in {folder} must hold every tensor of the model, got none named "
+            f"{', '.join(missing[:3])}{rest}; copy the model again."
+        )
+    return processor, model.eval().to(device)
+
+
+def _read(kind: Any, folder: str, **how: Any) -> Any:
+    """kind.from_pretrained, without network and without code of the folder."""
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **how)
     except (
         Exception
     ) as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError, ImportError and others
@@ -150,17 +164,6 @@ def _load(folder: str, device: str) -> tuple[Any, Any]:
         raise UserError(
             f"{folder} must be a vision-language model that transformers loads without code of its own, got: {said}"
         ) from None
-    if missing := sorted(found["missing_keys"]):
-        rest = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(
-            f"the safetensors in {folder} must hold every tensor of the model, got none named "
-            f"{', '.join(missing[:3])}{rest}; copy the model again."
-        )
-    if not (hasattr(processor, "image_processor") and hasattr(processor, "tokenizer")):
-        raise UserError(
-            f"{folder} must hold a processor of pictures and text, got a {type(processor).__name__}; copy it again."
-        )
-    return processor, model.eval().to(device)
 
 
 def _files(folder: str) -> list[Path]:

@@ -191,6 +191,16 @@ def test_a_missing_file_is_named(copied: Path, name: str, message: str) -> None:
         small(copied).check()
 
 
+def test_a_processor_of_pictures_alone_is_refused(copied: Path) -> None:
+    config = json.loads((copied / "processor_config.json").read_text())
+    (copied / "preprocessor_config.json").write_text(json.dumps(config["image_processor"]))
+    (copied / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    for name in ("processor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (copied / name).unlink()
+    with pytest.raises(UserError, match="must hold a processor of pictures and text, got a CLIPImageProcessor"):
+        small(copied).check()
+
+
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere must be a folder in Hugging Face layout"):
         small(tmp_path / "nowhere").check()
