@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from typing import Any
 
@@ -29,30 +29,29 @@ def open_video(path: str, threads: int = 1) -> Iterator[Any]:
     """A PyAV container of a local path or an fsspec URL, its video decoder set to stop at damage; BadVideo if none."""
     import av
 
-    file = None
-    try:
-        if "://" in path:
-            import fsspec
+    with ExitStack() as opened:
+        try:
+            file = opened.enter_context(open_url(path)) if "://" in path else path
+            container = opened.enter_context(av.open(file, metadata_errors="replace"))
+        except (av.FFmpegError, OSError, ValueError, ImportError) as error:
+            raise BadVideo(f"cannot open it as a video ({reason(error)})") from None
+        if not container.streams.video:
+            raise BadVideo("it has no video stream")
+        context = container.streams.video[0].codec_context
+        # FFmpeg paints over damage by default; a clip that training would refuse must not be kept.
+        context.options = {"err_detect": "explode"}
+        context.thread_count = threads
+        context.thread_type = "AUTO" if threads > 1 else "NONE"
+        yield container
 
-            file = fsspec.open(path, "rb").open()
-        container = av.open(file or path, metadata_errors="replace")
-    except (av.FFmpegError, OSError, ValueError, ImportError) as error:
-        if file is not None:
-            file.close()
-        raise BadVideo(f"cannot open it as a video ({reason(error)})") from None
-    try:
-        with container:
-            if not container.streams.video:
-                raise BadVideo("it has no video stream")
-            context = container.streams.video[0].codec_context
-            # FFmpeg paints over damage by default; a clip that training would refuse must not be kept.
-            context.options = {"err_detect": "explode"}
-            context.thread_count = threads
-            context.thread_type = "AUTO" if threads > 1 else "NONE"
-            yield container
-    finally:
-        if file is not None:
-            file.close()
+
+@contextmanager
+def open_url(url: str) -> Iterator[Any]:
+    """The bytes of an fsspec URL as a file."""
+    import fsspec
+
+    with fsspec.open(url, "rb") as file:  # which holds the archive that the file may lie in
+        yield file
 
 
 def clip_frames(span: ClipSpan, wants: Sequence[Want], threads: int = 1) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vchitect_fast.curation.frames import BadVideo, open_video, reason
+from vchitect_fast.curation.frames import BadVideo, open_url, open_video, reason
 
 CHUNK_S = 240.0  # of video in one scan: what a killed worker has to do again, and what a worker holds in memory
 HASH_BLOCK = 1 << 20
@@ -160,13 +160,7 @@ def _chunks(keys: list[float], *, whole: bool) -> tuple[float, ...]:
 def _digest(path: str) -> tuple[str, int]:
     digest, num_bytes = hashlib.blake2b(digest_size=8), 0
     try:
-        if "://" in path:
-            import fsspec
-
-            file = fsspec.open(path, "rb").open()
-        else:
-            file = open(path, "rb")
-        with file:
+        with open_url(path) if "://" in path else open(path, "rb") as file:
             while block := file.read(HASH_BLOCK):
                 digest.update(block)
                 num_bytes += len(block)
