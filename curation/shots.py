@@ -74,9 +74,9 @@ def find_shots(signals: Signals, fps: float, settings: ShotSettings) -> list[Sho
     if settings.backend == "transnet":
         from vchitect_fast.curation.transnet import cuts as transnet_shots
 
-        # Runs of frames over the threshold lie between two of its shots: one such frame is a hard cut after it.
+        # Its shots end with the frame before a cut, or the first of a gradual one: that and the next shot's first go.
         spans = transnet_shots(signals.cut, settings.transnet_threshold)
-        edges = [(a_last + 1, b_first - 1) for (_, a_last), (b_first, _) in itertools.pairwise(spans)]
+        edges = [(a_last, b_first) for (_, a_last), (b_first, _) in itertools.pairwise(spans)]
     else:
         edges = [(cut - 1, cut) for cut in adaptive_cuts(signals.content, fps, settings)]
     if settings.gradual:

