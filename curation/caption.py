@@ -139,25 +139,24 @@ class Caption(Stage):
         return [Want(time_s, self.short_side) for time_s in span.spread(min(self.num_frames, span.num_frames))]
 
     def score(self, samples: Sequence[Sample]) -> list[Scores]:
-        """Captions in the order of the samples. NoCaption for the first clip without; the rest is not begun then."""
-        if not samples:
-            return []
-        pace, failed = _pace(self.url, self.requests_per_minute), threading.Event()
+        """Captions in the order of the samples; NoCaption for the first clip without."""
+        found = self.results(samples)
+        if error := next((result for result in found if isinstance(result, Exception)), None):
+            raise error
+        return [result for result in found if not isinstance(result, Exception)]
 
-        def caption(sample: Sample) -> Scores | None:
-            if failed.is_set():
-                return None
+    def results(self, samples: Sequence[Sample]) -> list[Scores | Exception]:
+        """Captions in the order of the samples, NoCaption in the place of a clip without."""
+        pace = _pace(self.url, self.requests_per_minute)
+
+        def caption(sample: Sample) -> Scores | Exception:
             try:
                 return self._caption(sample, pace)
-            except Exception:
-                failed.set()
-                raise
+            except NoCaption as error:
+                return error
 
-        with ThreadPoolExecutor(min(self.concurrency, len(samples)), thread_name_prefix="caption") as threads:
-            futures = [threads.submit(caption, sample) for sample in samples]
-        if error := next((found for future in futures if (found := future.exception())), None):
-            raise error
-        return [scores for future in futures if (scores := future.result())]
+        with ThreadPoolExecutor(max(1, min(self.concurrency, len(samples))), thread_name_prefix="caption") as threads:
+            return list(threads.map(caption, samples))
 
     def check(self) -> None:
         """Asks the server once which models it serves; UserError where it does not answer or does not serve this one."""

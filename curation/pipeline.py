@@ -3,8 +3,8 @@
     probe    every file is read once                           a task a file
     scan     every video is decoded once                       a task a chunk
     clips    shots, events, and the scores that need no picture; then near-duplicates over the whole set
-    judge    the stages that look at frames, on survivors      a task a batch of clips of one video
-    caption  the captioner, on what every other stage left
+    judge    the stages that look at frames, on survivors      a task a batch of clips
+    caption  the captioner, on what every other stage left     likewise, one at a time
 
 What is in the store is not computed again. A task that fails is retried by the engine and then named in quarantine, and the
 run goes on. It decides nothing about the outcome's files: that is outputs.py.
@@ -28,10 +28,11 @@ from vchitect_fast.curation.progress import Progress
 from vchitect_fast.curation.settings import DUPLICATE, Settings
 from vchitect_fast.curation.stage import ClipSpan, Scores, Stage
 from vchitect_fast.curation.store import Store
-from vchitect_fast.curation.tasks import Clips, ClipTask, JudgeTask, ProbeTask, ScanTask, batches
+from vchitect_fast.curation.tasks import Clips, ClipTask, Judged, JudgeTask, ProbeTask, ScanTask, batches
 
 VERSION = 1  # of shots and stitching: raised whenever the same signals give other clips
 BATCH = 16  # clips a judge task
+BARREN = 2  # batches without a single caption, one after the other, after which the captioner is left alone
 FLUSH_S = 5.0  # results older than this are on disk: what a kill of the driver can lose
 SOURCE_COLUMNS: dict[str, type] = {
     "path": str, "stamp": str, "video": str, "num_bytes": int, "width": int, "height": int, "fps": float,
@@ -248,30 +249,48 @@ class Pipeline:
     def _judge(self, name: str, stages: tuple[Stage, ...], num_workers: int | None = None) -> None:
         if not stages:
             return
-        before = [*self._settings.signal_stages, *(self._settings.frame_stages if name == "caption" else ())]
+        captions = name == "caption"
+        before = [*self._settings.signal_stages, *(self._settings.frame_stages if captions else ())]
         key = digest(*(self._keys[stage.name] for stage in stages))
         scores = self._found.scores
         todo = [
             span
             for span in self._survivors(before)
-            if self._undecided(scores[span.id], stages) and not self._is_bad(span.path, span.id, key, _video_of(span))
+            # A server that failed may be well again: captions are asked for anew by every run.
+            if self._undecided(scores[span.id], stages)
+            and (captions or not self._is_bad(span.path, span.id, key, _video_of(span)))
         ]
+        size = max(BATCH, *(getattr(stage, "concurrency", 0) for stage in stages))
         tasks = [
             JudgeTask(batch, stages, self._settings.rules, {span.id: scores[span.id] for span in batch})
-            for batch in batches(todo, stages, BATCH)
+            for batch in batches(todo, stages, size)
         ]
+        barren, left = 0, {span.id: span for span in todo}
         for outcome in self._work(
             name, tasks, len(todo), measure=lambda task: len(task.spans), unit="clips", num_workers=num_workers
         ):
-            if outcome.reason is not None:
-                for span in outcome.task.spans:
-                    self._quarantine(span.path, _video_of(span), span.id, name, key, outcome)
-                continue
+            judged = outcome.value or Judged({}, {span.id: outcome.reason or "" for span in outcome.task.spans})
             for stage in stages:
-                rows = [{"clip": clip, **new[stage.name]} for clip, new in outcome.value.items() if stage.name in new]
+                rows = [{"clip": clip, **new[stage.name]} for clip, new in judged.scores.items() if stage.name in new]
                 self._append_scores(stage, rows)
-            for clip, new in outcome.value.items():
+            for clip, new in judged.scores.items():
                 scores[clip].update(new)
+            spans = [left.pop(span.id) for span in outcome.task.spans]
+            for span in (span for span in spans if span.id in judged.failed):
+                self._quarantine(span.path, _video_of(span), span.id, name, key, outcome, judged.failed[span.id])
+            barren = barren + 1 if len(judged.failed) == len(spans) else 0
+            if captions and barren == BARREN:
+                for span in left.values():
+                    self._quarantine(
+                        span.path,
+                        _video_of(span),
+                        span.id,
+                        name,
+                        key,
+                        outcome,
+                        "not asked for: the captioner gave nothing any more",
+                    )
+                break
 
     def _undecided(self, scores: dict[str, Scores], stages: Sequence[Stage]) -> bool:
         """Whether a clip lacks a score that no rule of an earlier stage has made needless."""
@@ -294,13 +313,15 @@ class Pipeline:
             self._pending[table] = (rows, columns)
         flushed = time.monotonic()
         with self._progress.phase(name, total, unit) as advance:
-            for outcome in self._engine.run(tasks, num_workers):
-                yield outcome
-                advance(measure(outcome.task) if measure else 1, outcome.cpu_s)
-                if time.monotonic() - flushed > FLUSH_S:
-                    self._flush()
-                    flushed = time.monotonic()
-            self._flush()
+            try:
+                for outcome in self._engine.run(tasks, num_workers):
+                    yield outcome
+                    advance(measure(outcome.task) if measure else 1, outcome.cpu_s)
+                    if time.monotonic() - flushed > FLUSH_S:
+                        self._flush()
+                        flushed = time.monotonic()
+            finally:  # also when the caller stops asking, or is stopped
+                self._flush()
 
     def _flush(self) -> None:
         # Scores before the clips that say "done": a kill between the two computes again and loses nothing.
@@ -325,10 +346,11 @@ class Pipeline:
             self._found.quarantine.append({**row, "path": path})
         return row is not None
 
-    def _quarantine(self, path: str, video: str, clip: str | None, stage: str, key: str, outcome: Outcome) -> None:
-        row = dict(
-            zip(QUARANTINE_COLUMNS, (path, video, clip, stage, key, outcome.reason, outcome.attempts), strict=True)
-        )
+    def _quarantine(
+        self, path: str, video: str, clip: str | None, stage: str, key: str, outcome: Outcome, reason: str | None = None
+    ) -> None:
+        values = (path, video, clip, stage, key, reason or outcome.reason, outcome.attempts)
+        row = dict(zip(QUARANTINE_COLUMNS, values, strict=True))
         self._found.quarantine.append(row)
         self._pending.setdefault("quarantine", ([], QUARANTINE_COLUMNS))[0].append(row)
 

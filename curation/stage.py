@@ -113,6 +113,10 @@ class Stage(ABC):
         Raises whatever went wrong: the pipeline tries again sample by sample, then quarantines with the reason.
         """
 
+    def results(self, samples: Sequence[Sample]) -> list[Scores | Exception]:
+        """`score`, for a stage that can say which sample has none: the error in its place, and the others keep theirs."""
+        return [*self.score(samples)]
+
     def check(self) -> None:
         """Called once before any work: UserError where parameters, packages or weights make scoring impossible.
 

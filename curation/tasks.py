@@ -3,7 +3,8 @@
     ProbeTask   a file       -> Source
     ScanTask    a chunk      -> its signals, as bytes
     ClipTask    a video      -> its clips, and the scores of the stages that read signals
-    JudgeTask   some clips   -> the scores of the stages that look at frames, each stage only on what the rules left
+    JudgeTask   some clips   -> the scores of the stages that look at frames, each stage only on what the rules left, and
+                                the clips that gave none, with the reason
 
 A task that fails for reasons in its input raises BadVideo, and trying again is no use. `split` cuts a task that failed
 otherwise into smaller ones, so that one bad clip does not take its neighbours along.
@@ -111,11 +112,19 @@ class ClipTask:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """What a JudgeTask found out that was not known."""
+
+    scores: dict[str, dict[str, Scores]]  # by clip and stage
+    failed: dict[str, str]  # clip -> why it has no more
+
+
+@dataclass(frozen=True)
 class JudgeTask:
-    """Frame stages on clips of one video, cheapest first; the frames that all of them want are decoded once.
+    """Frame stages on clips, cheapest first; the frames that all of them want of a clip are decoded once.
 
     `known` has the scores that exist already, by clip and stage; those are not computed again, and the rules apply to them
-    too. `run` returns only what is new: clip id -> stage -> scores.
+    too.
     """
 
     spans: tuple[ClipSpan, ...]
@@ -123,26 +132,35 @@ class JudgeTask:
     rules: tuple[Rule, ...]
     known: Mapping[str, Mapping[str, Scores]]
 
-    def run(self) -> dict[str, dict[str, Scores]]:
-        """Raises BadVideo when a clip's frames do not decode, and whatever a stage raises."""
-        frames = {span.id: self._frames(span) for span in self.spans}
+    def run(self) -> Judged:
+        """Raises what a stage raises. A clip whose frames do not decode, or for which a stage has an error, is `failed`."""
         new: dict[str, dict[str, Scores]] = {span.id: {} for span in self.spans}
-        left = list(self.spans)
+        failed: dict[str, str] = {}
+        frames: dict[str, dict[str, list[np.ndarray]]] = {}
+        for span in self.spans:
+            try:
+                frames[span.id] = self._frames(span)
+            except BadVideo as error:
+                failed[span.id] = str(error)
         for stage in self.stages:
+            left = [span for span in self.spans if span.id not in failed and self._reaches(stage, span, new[span.id])]
             todo = [span for span in left if stage.name not in self.known[span.id]]
             samples = [
                 Sample(span, frames[span.id][stage.name], {n: {**self.known[span.id], **new[span.id]}.get(n, {}) for n in stage.reads})
                 for span in todo
             ]  # fmt: skip
-            for span, scores in zip(todo, stage.score(samples) if samples else [], strict=True):
-                new[span.id][stage.name] = scores
-            rules = [rule for rule in self.rules if rule.stage == stage.name]
-            left = [
-                span
-                for span in left
-                if all(r.keeps({**self.known[span.id], **new[span.id]}[stage.name].get(r.score)) for r in rules)
-            ]
-        return new
+            for span, result in zip(todo, stage.results(samples) if samples else [], strict=True):
+                if isinstance(result, Exception):
+                    failed[span.id] = f"{type(result).__name__}: {result}"
+                else:
+                    new[span.id][stage.name] = result
+        return Judged(new, failed)
+
+    def _reaches(self, stage: Stage, span: ClipSpan, new: Mapping[str, Scores]) -> bool:
+        """Whether the rules of the stages before this one keep the clip."""
+        scores = {**self.known[span.id], **new}
+        before = [other.name for other in self.stages[: self.stages.index(stage)]]
+        return all(rule.keeps(scores[rule.stage].get(rule.score)) for rule in self.rules if rule.stage in before)
 
     def _frames(self, span: ClipSpan) -> dict[str, list[np.ndarray]]:
         """Stage name -> its frames, all from one decode."""
@@ -158,13 +176,12 @@ class JudgeTask:
 
 
 def batches(spans: Sequence[ClipSpan], stages: Sequence[Stage], size: int) -> list[tuple[ClipSpan, ...]]:
-    """Clips of one video each, at most `size` together and no more frames than FRAME_BYTES (a single clip may exceed it)."""
+    """Clips in order, at most `size` together and no more frames than FRAME_BYTES (a single clip may exceed it)."""
     found: list[list[ClipSpan]] = []
     held = 0
     for span in spans:
         need = sum(_bytes(span, want.short_side) for stage in stages for want in stage.wants(span))
-        fits = found and found[-1][0].path == span.path and len(found[-1]) < size and held + need <= FRAME_BYTES
-        if fits:
+        if found and len(found[-1]) < size and held + need <= FRAME_BYTES:
             found[-1].append(span)
             held += need
         else:

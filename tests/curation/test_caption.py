@@ -159,12 +159,17 @@ def test_requests_run_at_once_and_answers_keep_their_order(server: Server) -> No
     assert state["most"] == 3
 
 
-def test_after_a_failure_no_request_begins(server: Server) -> None:
-    server.script = [fine("first"), error(401, "who are you")]
+def test_one_clip_without_a_caption_costs_the_others_nothing(server: Server) -> None:
+    server.script = [fine("first"), error(400, "who are you"), fine("third")]
     stage = small(server, concurrency=1)
-    with pytest.raises(NoCaption, match="401: who are you"):
+    first, second, *rest = stage.results([sample(stage, span) for span in spans()])
+    assert isinstance(first, dict) and first["caption"] == "first"
+    assert isinstance(second, NoCaption) and "400: who are you" in str(second)
+    assert [isinstance(scores, dict) and scores["caption"] for scores in rest] == ["third"] * 4
+    assert len(server.requests) == 6
+    server.requests.clear()  # the script begins anew
+    with pytest.raises(NoCaption, match="400: who are you"):
         stage.score([sample(stage, span) for span in spans()])
-    assert len(server.requests) == 2
 
 
 def test_the_rate_holds_for_attempts_too(server: Server) -> None:

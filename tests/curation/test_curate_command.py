@@ -69,7 +69,7 @@ def test_rules_and_lengths_by_option(curated: Path, capsys: pytest.CaptureFixtur
     assert main([*words, "--min-seconds", "0.2"]) == 0
     assert json.loads(capsys.readouterr().out)["num_kept"] == 6
     assert main([*words, "--set", "rules.motion.degree=> 3"]) == 0
-    assert json.loads(capsys.readouterr().out)["dropped"] == {"length": 1, "motion": 1}
+    assert json.loads(capsys.readouterr().out)["dropped"] == {"length": 1, "motion": 2}
     assert main([*words, "--min-seconds", "9"]) == 1, "no clip stays: done, with a doubt"
     assert not (curated / "manifest.parquet").exists(), "an old manifest would be taken for this one"
 
