@@ -80,20 +80,26 @@ def stitch(shots: list[Shot], embed: Embed | None, num_frames: int, settings: St
 
 
 def cut_long(events: list[Event], times: np.ndarray, max_seconds: float) -> list[Event]:
-    """Events longer than `max_seconds` in equal parts of at most that length."""
+    """Events longer than `max_seconds` in parts of equal numbers of frames, none longer than that unless it is one frame."""
     found: list[Event] = []
     for event in events:
-        num_parts = int(np.ceil(event.shot.seconds / max_seconds - 1e-9))
-        if num_parts <= 1:
-            found.append(event)
-            continue
-        edges = np.linspace(event.shot.first, event.shot.last + 1, num_parts + 1).round().astype(int)
-        for first, stop in itertools.pairwise(edges):
-            end = float(times[stop]) if stop <= event.shot.last else event.shot.end
-            found.append(
-                Event(Shot(int(first), int(stop) - 1, float(times[first]), end), event.num_shots, event.similarity)
-            )
+        num_frames = event.shot.num_frames
+        for num_parts in range(max(1, int(np.ceil(event.shot.seconds / max_seconds - 1e-9))), num_frames + 1):
+            parts = _parts(event.shot, times, num_parts)
+            if num_parts == num_frames or max(part.seconds for part in parts) <= max_seconds + 1e-9:
+                break
+        else:  # more parts asked than there are frames
+            parts = _parts(event.shot, times, num_frames)
+        found += [Event(part, event.num_shots, event.similarity) for part in parts]
     return found
+
+
+def _parts(shot: Shot, times: np.ndarray, num_parts: int) -> list[Shot]:
+    edges = np.linspace(shot.first, shot.last + 1, num_parts + 1).round().astype(int)
+    return [
+        Shot(int(a), int(b) - 1, float(times[a]), float(times[b]) if b <= shot.last else shot.end)
+        for a, b in itertools.pairwise(edges)
+    ]
 
 
 def spans_of(source: Source, events: list[Event]) -> list[ClipSpan]:
