@@ -8,6 +8,7 @@ the clip ends is a BadVideo with the reason; nothing is repeated or invented.
 from __future__ import annotations
 
 import math
+import resource
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
@@ -17,6 +18,7 @@ import numpy as np
 
 from vchitect_fast.curation.stage import ClipSpan, Want
 
+OPEN_BYTES = 5 << 28  # 1.25 GiB: what one open video may take; a worker's own 0.1 GiB keeps it under 1.5 GiB
 BACK_S = (0.0, 2.0, 16.0)  # how much before the wanted time (s) a seek is tried, one after the other
 
 
@@ -29,7 +31,7 @@ def open_video(path: str, threads: int = 1) -> Iterator[Any]:
     """A PyAV container of a local path or an fsspec URL, its video decoder set to stop at damage; BadVideo if none."""
     import av
 
-    with ExitStack() as opened:
+    with bounded_memory(), ExitStack() as opened:
         try:
             file = opened.enter_context(open_url(path)) if "://" in path else path
             container = opened.enter_context(av.open(file, metadata_errors="replace"))
@@ -43,6 +45,28 @@ def open_video(path: str, threads: int = 1) -> Iterator[Any]:
         context.thread_count = threads
         context.thread_type = "AUTO" if threads > 1 else "NONE"
         yield container
+
+
+@contextmanager
+def bounded_memory() -> Iterator[None]:
+    """Lets this process take OPEN_BYTES more and no more, so that a hostile file ends as "Cannot allocate memory".
+
+    A header of a few bytes can claim pictures of gigabytes or an index of a hundred million packets. Linux only.
+    """
+    try:
+        with open("/proc/self/status") as status:
+            held = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData"))
+    except (OSError, StopIteration):
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = held + OPEN_BYTES
+    if soft == resource.RLIM_INFINITY or limit < soft:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 @contextmanager
