@@ -7,6 +7,7 @@ any text is refused too. Blank lines after the last caption do not count.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -37,7 +38,7 @@ def _read_beside(video: str) -> tuple[bytes | None, str]:
     """The bytes of the text file beside a video, or None where there is none, and its name."""
     if "://" not in video:
         beside: Any = Path(video).with_suffix(".txt")
-        if not beside.is_file():
+        if not os.path.isfile(beside):  # False too where the longer suffix makes the name too long
             return None, str(beside)
         try:
             return beside.read_bytes(), str(beside)

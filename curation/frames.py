@@ -18,6 +18,7 @@ import numpy as np
 
 from vchitect_fast.curation.stage import ClipSpan, Want
 
+LISTS = {"concat", "dash", "hls", "imf"}  # of other files: their bytes say nothing about the frames
 OPEN_BYTES = 5 << 28  # 1.25 GiB: what one open video may take; a worker's own 0.1 GiB keeps it under 1.5 GiB
 BACK_S = (0.0, 2.0, 16.0)  # how much before the wanted time (s) a seek is tried, one after the other
 
@@ -37,6 +38,8 @@ def open_video(path: str, threads: int = 1) -> Iterator[Any]:
             container = opened.enter_context(av.open(file, metadata_errors="replace"))
         except (av.FFmpegError, OSError, ValueError, ImportError) as error:
             raise BadVideo(f"cannot open it as a video ({reason(error)})") from None
+        if container.format.name in LISTS:
+            raise BadVideo("it is a list of other files; name those")
         if not container.streams.video:
             raise BadVideo("it has no video stream")
         context = container.streams.video[0].codec_context

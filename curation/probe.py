@@ -8,6 +8,7 @@ in the same go. A file that is no whole video is a BadVideo with the reason.
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,8 @@ def _chunks(keys: list[float], *, whole: bool) -> tuple[float, ...]:
 def _digest(path: str) -> tuple[str, int]:
     digest, num_bytes = hashlib.blake2b(digest_size=8), 0
     try:
+        if "://" not in path and not os.stat(path).st_size:
+            raise BadVideo("the file is empty")  # not opened: what /proc shows can wait or go on for ever
         with open_url(path) if "://" in path else open(path, "rb") as file:
             while block := file.read(HASH_BLOCK):
                 digest.update(block)
