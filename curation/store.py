@@ -44,6 +44,10 @@ class Store:
     """
 
     def __init__(self, folder: Path) -> None:
+        try:
+            str(folder).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"--out must be a name in UTF-8, got {os.fsencode(folder)!r}; choose another.") from None
         self.folder, self._state = folder, folder / "state"
         self._number = itertools.count()
         try:

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from vchitect_fast.curation.engines import ATTEMPTS, Outcome, Task, attempt
+from vchitect_fast.errors import UserError
 
 TASK_LIMIT_S = 3600.0  # a decoder that hangs; a chunk is minutes of video and takes seconds to minutes
 WORKER_BYTES = 3 << 29  # 1.5 GiB: what a worker may need
@@ -37,6 +38,7 @@ class _Worker:
     pipe: Connection
     job: tuple[Task, int] | None = None  # the task and which attempt it is
     since: float = 0.0
+    ready: bool = False  # it has begun: from then on a death is blamed on its task
 
 
 class LocalEngine:
@@ -51,6 +53,7 @@ class LocalEngine:
             ["vchitect_fast.curation.engines.local", "vchitect_fast.curation.tasks", "av", "cv2"]
         )
         self._workers: list[_Worker] = []
+        self._num_stillborn = 0  # workers in a row
 
     def run(self, tasks: Iterable[Task], num_workers: int | None = None) -> Iterator[Outcome]:
         """Outcomes as they come. Tasks are drawn as workers become free, so an iterator of tasks is not held in memory."""
@@ -73,7 +76,15 @@ class LocalEngine:
                 assert worker.job
                 (task, number), worker.job = worker.job, None
                 kind, value, cpu_s = result
-                if kind == "value":
+                if kind == "stillborn":
+                    self._num_stillborn += 1
+                    if self._num_stillborn == ATTEMPTS:
+                        raise UserError(
+                            f"worker processes end before they begin ({value}), as said above; "
+                            "a script must start the run under `if __name__ == '__main__':`."
+                        )
+                    waiting.appendleft((task, number))
+                elif kind == "value":
                     yield Outcome(task, value, None, number, cpu_s)
                 elif smaller := task.split():  # which part it was is not known
                     waiting.extend((part, 1) for part in smaller)
@@ -115,12 +126,18 @@ class LocalEngine:
         for worker in busy:
             try:
                 if worker.pipe.poll():
-                    found.append((worker, worker.pipe.recv()))
+                    result = worker.pipe.recv()
+                    if result is None:
+                        worker.ready, self._num_stillborn = True, 0
+                    else:
+                        found.append((worker, result))
                     continue
             except (EOFError, ConnectionResetError):
                 worker.process.join()
             if not worker.process.is_alive():
-                found.append((worker, ("error", f"the worker died ({_how(worker.process.exitcode)})", 0.0)))
+                how = _how(worker.process.exitcode)
+                died = ("error", f"the worker died ({how})", 0.0) if worker.ready else ("stillborn", how, 0.0)
+                found.append((worker, died))
                 self._bury(worker)
             elif time.monotonic() - worker.since > TASK_LIMIT_S:
                 self._bury(worker)
@@ -149,7 +166,7 @@ def _end_with_driver() -> None:
 
 
 def _serve(pipe: Connection) -> None:
-    """The worker's life: take a task, send its result, until the driver is gone."""
+    """The worker's life: say that it has begun, take a task, send its result, until the driver is gone."""
     import signal
     import threading
 
@@ -159,10 +176,9 @@ def _serve(pipe: Connection) -> None:
     os.nice(5)  # the machine stays usable
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # a process a core
-    while True:
-        try:
-            task = pipe.recv()
-            result = attempt(task)
-            pipe.send(result)
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            return
+    try:
+        pipe.send(None)  # ready
+        while True:
+            pipe.send(attempt(pipe.recv()))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return

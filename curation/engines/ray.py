@@ -62,6 +62,10 @@ class RayEngine:
             again: list[tuple[Task, int]] = []
             for number, (kind, value, cpu_s) in self._round([task for task, _ in waiting], num_workers):
                 task, tried = waiting[number]
+                if kind == "stillborn":
+                    raise UserError(
+                        f"a node of the Ray cluster cannot load the work ({value}); install the same package there."
+                    )
                 if kind == "value":
                     yield Outcome(task, value, None, tried, cpu_s)
                 elif smaller := task.split():  # which part it was is not known
@@ -96,5 +100,5 @@ def _attempt(row: dict[str, Any]) -> dict[str, Any]:
     try:
         result = attempt(pickle.loads(row["task"]))
     except (ImportError, AttributeError) as error:
-        result = ("error", f"this node cannot load the task, install the same package there: {error}", 0.0)
+        result = ("stillborn", str(error), 0.0)
     return {"number": row["number"], "result": pickle.dumps(result)}
