@@ -11,7 +11,6 @@ import math
 import resource
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -130,12 +129,14 @@ def frames_from(container: Any, start: float) -> Iterator[tuple[float, Any]]:
     import av
 
     stream = container.streams.video[0]
-    base = Fraction(stream.time_base.numerator, stream.time_base.denominator)
+    ticks, over = stream.time_base.numerator, stream.time_base.denominator  # a time is pts * ticks / over
     origin = stream.start_time or 0
     given = None  # pts of the last frame handed out; a second try goes on after it
     for target in [*(start - back_s for back_s in BACK_S if start > back_s), None]:
         if target is not None:
-            packets = _from_key(container, origin + math.floor(target / base), origin + start / float(base) + 1e-3)
+            packets = _from_key(
+                container, origin + math.floor(target * over / ticks), origin + start * over / ticks + 1e-3
+            )
         else:
             if start > 0:
                 container.seek(min(0, container.start_time or 0))  # of .ts, its own start would land on the second key
@@ -145,7 +146,7 @@ def frames_from(container: Any, start: float) -> Iterator[tuple[float, Any]]:
             for frame in (frame for packet in packets for frame in packet.decode()):
                 if frame.pts is None:
                     raise BadVideo("its frames carry no presentation times; remux it, for example into .mp4")
-                time = float((frame.pts - origin) * base)
+                time = (frame.pts - origin) * ticks / over
                 if frame.is_corrupt and target is not None:
                     whole = False
                     break
