@@ -155,23 +155,17 @@ def _mixtures(layout: np.ndarray, half: int) -> list[tuple[int, int]]:
     num = len(layout) - 2 * half
     if num <= 0:
         return []
-    before, after = layout[:num], layout[2 * half :]
-    change = after - before
-    size = np.abs(change).mean(1)
-    energy = np.maximum((change**2).sum(1), 1e-6)
-    good = size >= MIN_CHANGE
-    last_part = np.zeros(num, np.float32)
-    steps = [round(2 * half * k / 6) for k in range(1, 6)]
-    for step in steps:
-        middle = layout[step : step + num] - before
-        part = (middle * change).sum(1) / energy
-        residual = np.abs(middle - part[:, None] * change).mean(1) / np.maximum(size, 1e-6)
-        good &= residual <= MAX_RESIDUAL
+    at = np.flatnonzero(np.abs(layout[2 * half :] - layout[:num]).mean(1) >= MIN_CHANGE)
+    last_part = np.zeros(len(at), np.float32)
+    for step in (round(2 * half * k / 6) for k in range(1, 6)):  # each on the ends that those before left
+        before = layout[at]
+        change, middle = layout[at + 2 * half] - before, layout[at + step] - before
+        part = (middle * change).sum(1) / (change**2).sum(1)
+        residual = np.abs(middle - part[:, None] * change).mean(1) / np.abs(change).mean(1)
         # Even progress: a sixth of the way a step, at least a quarter of that and at most thrice.
-        good &= (part - last_part >= 1 / 24) & (part - last_part <= 1 / 2)
-        last_part = part
-    good &= 1 - last_part >= 1 / 24
-    return [(int(t), int(t) + 2 * half) for t in np.flatnonzero(good)]
+        good = (residual <= MAX_RESIDUAL) & (part - last_part >= 1 / 24) & (part - last_part <= 1 / 2)
+        at, last_part = at[good], part[good]
+    return [(int(t), int(t) + 2 * half) for t in at[1 - last_part >= 1 / 24]]
 
 
 def _even_runs(signals: Signals, fps: float) -> list[tuple[int, int]]:

@@ -31,6 +31,7 @@ THUMB = 128  # short side in pixels
 LAYOUT = 8  # cells a side
 TRANSNET_STEP = 50  # its windows of 100 frames begin every 50, and the middle 50 count
 TRANSNET_AFTER = 75  # frames after one that counts, to which its window may reach
+DECODERS = 2  # threads of the decoder: the same frames and CPU time, and the next one is ready when this one is done
 VERSION = 2  # raised whenever the same file gives other signals
 
 
@@ -91,7 +92,7 @@ class Signals:
 
 
 def scan(
-    source: Source, chunk: int = 0, *, transnet: Any = None, threads: int = 1, on_frame: Callable[[], None] = lambda: None
+    source: Source, chunk: int = 0, *, transnet: Any = None, threads: int = DECODERS, on_frame: Callable[[], None] = lambda: None
 ) -> Signals:  # fmt: skip
     """Decode chunk `chunk` of a video once. `transnet` takes frames as curation/transnet.py's TransNet does.
 
@@ -235,11 +236,9 @@ class _View:
         if before is None or slot != before[0] + 1:
             return (np.nan,) * 3
         flow = self._flow.calc(before[1], grey, None)
-        magnitude = cv2.magnitude(flow[..., 0], flow[..., 1]).ravel()
-        num_top = max(1, int(magnitude.size * TOP_SHARE))
-        top = np.partition(magnitude, -num_top)[-num_top:].mean()
-        coarse = np.median(flow[::4, ::4].reshape(-1, 2), axis=0)
-        return float(top), float(coarse[0]), float(coarse[1])
+        top = _top_mean(cv2.magnitude(flow[..., 0], flow[..., 1]).ravel())
+        x, y = (float(np.median(flow[::4, ::4, axis])) for axis in (0, 1))
+        return top, x, y
 
     def _luma_of(self, frame: Any) -> np.ndarray:
         """The luma plane as it lies in the frame where it is planar, else converted grey; sets the scale to 0..255."""
@@ -252,6 +251,16 @@ class _View:
         full = name.startswith("yuvj") or frame.color_range == 2
         self._luma_scale = (1.0 if full else 255 / 219) / steps
         return _plane(plane, np.uint8 if steps == 1 else np.uint16)
+
+
+def _top_mean(magnitude: np.ndarray) -> float:
+    """Mean of the largest 5 %; selected among those over a lower bound that a sixteenth of them gives, where that is enough."""
+    num_top = max(1, int(magnitude.size * TOP_SHARE))
+    few = magnitude[::16]
+    bound = np.partition(few, len(few) - 1 - len(few) // 10)[len(few) - 1 - len(few) // 10]
+    over = magnitude[magnitude >= bound]
+    over = over if len(over) >= num_top else magnitude
+    return float(np.partition(over, -num_top)[-num_top:].mean())
 
 
 def _plane(plane: Any, dtype: type = np.uint8) -> np.ndarray:
