@@ -18,6 +18,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -105,7 +106,8 @@ def scan(
     cv2.setNumThreads(1)  # one process a core; OpenCV's own threads would fight over them
     quarter = 0.25 / source.fps  # chunk times come from packets, frame times from frames
     begin, stop = source.chunks[chunk] - quarter, (*source.chunks, np.inf)[chunk + 1] - quarter
-    view = _View(source)
+    helper = ThreadPoolExecutor(1)
+    view = _View(source, helper)
     start, end = view.before(begin), stop
     if transnet:
         start, end = min(start, _window_start(begin, source.fps)), stop + TRANSNET_AFTER / source.fps
@@ -136,12 +138,16 @@ def scan(
         raise BadVideo(
             f"decoding stopped at {rows[-1][0] if rows else source.chunks[chunk]:.2f} s ({reason(error)})"
         ) from None
+    finally:
+        helper.shutdown()
     if not rows:
         raise BadVideo(f"no frame decodes after {source.chunks[chunk]:.2f} s")
-    columns = [np.asarray(column, np.float32) for column in zip(*(row[1:-1] for row in rows), strict=True)]
+    columns = [np.asarray(column, np.float32) for column in zip(*(row[1:-2] for row in rows), strict=True)]
+    flows = np.asarray([row[-2].result() if row[-2] else (np.nan,) * 3 for row in rows], np.float32).T
     cut = transnet.finish()[np.asarray(inside)] if transnet else np.full(len(rows), np.nan)
     times, layouts = np.asarray([row[0] for row in rows]), np.stack([row[-1] for row in rows])
-    content, luma_change, brightness, contrast, saturation, flow, shift_x, shift_y = columns
+    content, luma_change, brightness, contrast, saturation = columns
+    flow, shift_x, shift_y = np.ascontiguousarray(flows)
     return Signals(
         times, content, luma_change, brightness, contrast, saturation, layouts, flow, shift_x, shift_y, cut.astype(np.float32)
     )  # fmt: skip
@@ -168,17 +174,21 @@ def whole(source: Source, parts: list[Signals]) -> Signals:
 class _View:
     """Turns frames into rows; remembers the frame before and the last sampled one."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, helper: Executor) -> None:
+        """`helper` has one thread, in which the optical flow is computed beside the decoding of what follows."""
         import cv2
         from av.video.reformatter import VideoReformatter
 
         self._reformatter = VideoReformatter()  # kept: setting one up costs more than using it
-        self._flow: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+        self._dis: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+        self._helper = helper
+        self._latest: Future[tuple[float, float, float]] | None = None
         self._every_s = max(1, round(source.fps / 8)) / source.fps
         self._quarter_s = 0.25 / source.fps
         self._hsv: np.ndarray | None = None
         self._luma: np.ndarray | None = None
         self._sampled: tuple[int, np.ndarray] | None = None
+        self._flowing: Future[tuple[float, float, float]] | None = None
 
     def thumb(self, frame: Any) -> np.ndarray:
         """uint8 RGB, short side 128 (enlarged if the video is smaller), not turned."""
@@ -218,24 +228,40 @@ class _View:
         layout = cv2.resize(strip, (LAYOUT, LAYOUT), interpolation=cv2.INTER_AREA)
         if frame.rotation:
             layout = np.rot90(layout, round(frame.rotation / 90) % 4)
-        flow = self._flow_to(time, grey)
-        return time, content, luma_change, mean[0, 0], deviation[0, 0], cv2.mean(hsv)[1], *flow, layout.reshape(-1)
+        self._start_flow(time, grey)
+        return (
+            time,
+            content,
+            luma_change,
+            mean[0, 0],
+            deviation[0, 0],
+            cv2.mean(hsv)[1],
+            self._flowing,
+            layout.reshape(-1),
+        )
 
     def _slot(self, time: float) -> int:
         """By time, not by count: chunks and variable rates keep one grid. Its lines lie between frames, not on them."""
         return math.floor((time + self._quarter_s) / self._every_s)
 
-    def _flow_to(self, time: float, grey: np.ndarray) -> tuple[float, float, float]:
-        """(top-5 % magnitude, median x, median y) from the sampled frame before, NaN where nothing is sampled."""
+    def _start_flow(self, time: float, grey: np.ndarray) -> None:
+        """Set `_flowing` to the flow from the sampled frame before, in the making, or None where nothing is sampled."""
+        slot, before = self._slot(time), self._sampled
+        if before is not None and slot == before[0]:
+            self._flowing = None
+            return
+        self._sampled = (slot, grey)
+        if self._latest is not None:
+            self._latest.result()  # one at a time: what waits holds pictures
+        follows = before is not None and slot == before[0] + 1 and before[1].shape == grey.shape
+        self._flowing = self._helper.submit(self._flow_between, before[1], grey) if follows and before else None
+        self._latest = self._flowing
+
+    def _flow_between(self, before: np.ndarray, grey: np.ndarray) -> tuple[float, float, float]:
+        """(top-5 % magnitude, median x, median y)."""
         import cv2
 
-        slot = self._slot(time)
-        if self._sampled is not None and (slot == self._sampled[0] or self._sampled[1].shape != grey.shape):
-            return (np.nan,) * 3
-        before, self._sampled = self._sampled, (slot, grey)
-        if before is None or slot != before[0] + 1:
-            return (np.nan,) * 3
-        flow = self._flow.calc(before[1], grey, None)
+        flow = self._dis.calc(before, grey, None)
         top = _top_mean(cv2.magnitude(flow[..., 0], flow[..., 1]).ravel())
         x, y = (float(np.median(flow[::4, ::4, axis])) for axis in (0, 1))
         return top, x, y

@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -153,8 +154,9 @@ def through_scenedetect(path: Path, downscale: bool, **parameters: Any) -> tuple
 @pytest.mark.parametrize("path", [bikes(), synthetic.carphone()], ids=lambda p: p.stem)
 def test_decisions_and_scores_are_pyscenedetects_on_the_same_thumbs(tmp_path: Path, path: Path) -> None:
     source = probe(str(path))
+    view = _View(source, ThreadPoolExecutor(1))
     with open_video(str(path)) as container:
-        thumbs = [_View(source).thumb(frame) for _, frame in frames_from(container, 0.0)]
+        thumbs = [view.thumb(frame) for _, frame in frames_from(container, 0.0)]
     copy = synthetic.write(tmp_path / "thumbs.mkv", thumbs, fps=source.fps, **synthetic.LOSSLESS, pix_fmt="bgr0")
     signals, fps = scanned(path)
     for threshold, content, length in [
