@@ -80,16 +80,16 @@ def stitch(shots: list[Shot], embed: Embed | None, num_frames: int, settings: St
 
 
 def cut_long(events: list[Event], times: np.ndarray, max_seconds: float) -> list[Event]:
-    """Events longer than `max_seconds` in parts of equal numbers of frames, none longer than that unless it is one frame."""
+    """Events longer than `max_seconds` in parts, none longer than that unless it is one frame; of equal numbers of frames where that is possible."""
     found: list[Event] = []
     for event in events:
-        num_frames = event.shot.num_frames
-        for num_parts in range(max(1, int(np.ceil(event.shot.seconds / max_seconds - 1e-9))), num_frames + 1):
-            parts = _parts(event.shot, times, num_parts)
-            if num_parts == num_frames or max(part.seconds for part in parts) <= max_seconds + 1e-9:
+        needed = max(1, int(np.ceil(event.shot.seconds / max_seconds - 1e-9)))
+        for num_parts in (needed, needed + 1):  # one more where whole frames do not fit
+            parts = _parts(event.shot, times, num_parts) if num_parts <= event.shot.num_frames else []
+            if parts and max(part.seconds for part in parts) <= max_seconds + 1e-9:
                 break
-        else:  # more parts asked than there are frames
-            parts = _parts(event.shot, times, num_frames)
+        else:
+            parts = _full_parts(event.shot, times, max_seconds)
         found += [Event(part, event.num_shots, event.similarity) for part in parts]
     return found
 
@@ -100,6 +100,18 @@ def _parts(shot: Shot, times: np.ndarray, num_parts: int) -> list[Shot]:
         Shot(int(a), int(b) - 1, float(times[a]), float(times[b]) if b <= shot.last else shot.end)
         for a, b in itertools.pairwise(edges)
     ]
+
+
+def _full_parts(shot: Shot, times: np.ndarray, max_seconds: float) -> list[Shot]:
+    """One part after the other as long as allowed: for frames shown for very different times."""
+    ends = np.append(times[shot.first + 1 : shot.last + 1], shot.end)
+    parts, first = [], shot.first
+    while first <= shot.last:
+        stop = shot.first + int(np.searchsorted(ends, times[first] + max_seconds + 1e-9, "right"))
+        stop = max(stop, first + 1)
+        parts.append(Shot(first, stop - 1, float(times[first]), float(ends[stop - 1 - shot.first])))
+        first = stop
+    return parts
 
 
 def spans_of(source: Source, events: list[Event]) -> list[ClipSpan]:

@@ -17,17 +17,21 @@ CURATE = [sys.executable, "-P", "-m", "vchitect_fast.cli", "curate"]
 END_S = 20.0  # within which workers must have ended by themselves after their driver was killed
 
 
-def start(videos: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
-    """A curation in a process of its own; its text stage, the slow one, is off."""
-    return subprocess.Popen(
-        [*CURATE, str(videos), "--out", str(out), "--jobs", "2", "--set", "text=off", *more],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+def start(videos: Path, out: Path) -> subprocess.Popen[bytes]:
+    """A curation in a process of its own, whose text stage, the slow one, is off; its stderr goes to OUT.txt."""
+    with out.with_suffix(".txt").open("ab") as stderr:
+        command = [*CURATE, str(videos), "--out", str(out), "--jobs", "2", "--set", "text=off"]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
+
+
+def ended_well(driver: subprocess.Popen[bytes], out: Path) -> None:
+    """Wait for the end of a curation that nobody killed."""
+    assert driver.wait() == 0, out.with_suffix(".txt").read_text()
 
 
 def finish(videos: Path, out: Path) -> list[dict[str, Any]]:
     """Run to the end; the clips."""
-    assert start(videos, out).wait() == 0
+    ended_well(start(videos, out), out)
     return clips(out)
 
 
@@ -63,38 +67,31 @@ def kill_worker(driver: subprocess.Popen[bytes], draw: random.Random) -> bool:
     return False
 
 
-def kill_many(videos: Path, folder: Path, num_driver: int, num_worker: int, seed: int, most: int) -> dict[str, int]:
-    """Kill so many drivers and workers, at most `most` a curation, then let it end; each result must be the undisturbed one.
+def kill_many(videos: Path, folder: Path, num_driver: int, num_worker: int, seed: int, most: int) -> int:
+    """Kill so many drivers and workers, at most `most` processes a curation, then let it end as the undisturbed one did.
 
-    Returns how many kills struck, and how many curations they were spread over.
+    Returns how many curations the kills were spread over.
     """
     draw = random.Random(seed)
     began = time.monotonic()
     whole = finish(videos, folder / "undisturbed")
     seconds = time.monotonic() - began
     assert len({row["clip"] for row in whole}) == len(whole) > 0
-    wanted = ["driver"] * num_driver + ["worker"] * num_worker
-    draw.shuffle(wanted)
-    struck, folders = {"driver": 0, "worker": 0}, 0
-    while wanted:
-        out = folder / f"killed {folders}"
-        folders += 1
-        workers = 0
-        for _ in range(min(most, len(wanted))):
+    num_folders = 0
+    while num_driver or num_worker:
+        out = folder / f"killed-{num_folders}"
+        num_folders += 1
+        for _ in range(most):
             driver = start(videos, out)
-            time.sleep(draw.uniform(0, seconds))
-            # A task may lose two workers; a third would rightly put it into quarantine.
-            if wanted[-1] == "worker":
-                hit = workers < 2 and kill_worker(driver, draw)
-                workers += hit
-                assert driver.wait() == 0, "a worker that dies costs the driver nothing"
-            else:
-                hit = kill_driver(driver)
-            if not hit:
-                assert driver.wait() == 0
-                break  # done: the next kill takes a new folder
-            struck[wanted.pop()] += 1
+            time.sleep(draw.uniform(0, seconds / 2))
+            if num_worker:
+                num_worker -= kill_worker(driver, draw)
+            time.sleep(draw.uniform(0, seconds / 2))
+            if not num_driver or not kill_driver(driver):
+                ended_well(driver, out)  # a worker that died costs its driver nothing
+                break
+            num_driver -= 1
         assert finish(videos, out) == whole
         assert not list(out.rglob(".*.partial*"))
         shutil.rmtree(out)
-    return {**struck, "folders": folders}
+    return num_folders

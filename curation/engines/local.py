@@ -103,13 +103,22 @@ class LocalEngine:
         return sum(worker.job is not None for worker in self._workers)
 
     def _start(self) -> _Worker:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
-        process.start()
-        theirs.close()
-        worker = _Worker(process, ours)
-        self._workers.append(worker)
-        return worker
+        for trial in range(ATTEMPTS):
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            try:
+                process.start()
+            except (EOFError, OSError):  # the server that forks was killed; the next try starts another
+                ours.close()
+                if trial + 1 == ATTEMPTS:
+                    raise
+                time.sleep(0.5)  # until the system has buried it
+                continue
+            finally:
+                theirs.close()
+            self._workers.append(_Worker(process, ours))
+            break
+        return self._workers[-1]
 
     def _give(self, worker: _Worker, job: tuple[Task, int]) -> None:
         worker.job, worker.since = job, time.monotonic()

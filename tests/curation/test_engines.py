@@ -153,6 +153,36 @@ def test_a_task_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert time.monotonic() - began < 30
 
 
+def test_the_server_that_starts_workers_may_be_killed_too() -> None:
+    engine = LocalEngine(2)
+    outcomes = engine.run(MadeUpTask(k, "die" if k in (3, 6) else "well") for k in range(9))
+    found = [next(outcomes)]
+    server = psutil.Process(engine._workers[0].process.pid).parent()
+    assert server
+    assert server.pid != os.getpid()
+    server.kill()
+    found += outcomes
+    engine.close()
+    assert sorted(outcome.value for outcome in found if outcome.value is not None) == [0, 1, 2, 4, 5, 7, 8]
+
+
+def test_workers_that_cannot_begin_are_said_and_blamed_on_no_task(tmp_path: Path) -> None:
+    """A script without the guard of its main module: the workers would run it themselves."""
+    (tmp_path / "script.py").write_text(
+        "from made_up_task import MadeUpTask\n"
+        "from vchitect_fast.curation.engines.local import LocalEngine\n"
+        "for outcome in LocalEngine(1).run([MadeUpTask(1)]):\n"
+        "    print('an outcome', outcome)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )  # fmt: skip
+    assert "an outcome" not in done.stdout
+    last = done.stderr.splitlines()[-1]
+    assert "UserError: worker processes end before they begin (exit code 1), as said above; a script must" in last
+
+
 def test_workers_end_when_their_driver_is_killed_in_the_middle_of_a_task(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.append({str(Path(__file__).parent.parent)!r})\n"

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from curated import CHEAP, carphone, clips, copy, curate, quarantine
 from damaged import decodes_cleanly, first_frames, flipped, lying_headers, no_videos
@@ -24,6 +26,8 @@ from vchitect_fast.cli import main
 from vchitect_fast.curation.engines import ATTEMPTS, Outcome
 from vchitect_fast.curation.engines.local import WORKER_BYTES, LocalEngine
 from vchitect_fast.curation.inputs import find_videos
+from vchitect_fast.curation.shots import Shot
+from vchitect_fast.curation.stitch import Event, cut_long
 from vchitect_fast.curation.store import Store, read_table
 
 
@@ -53,11 +57,11 @@ def workers() -> Iterator[Watched]:
 def test_kills_of_drivers_and_workers_leave_no_trace(tmp_path: Path) -> None:
     videos = tmp_path / "videos"
     videos.mkdir()
-    for number in range(4):
-        copy(carphone(), videos / f"{number}.mp4", number)
+    short = first_frames(carphone(), tmp_path / "short.mp4", 48)
+    for number in range(3):
+        copy(short, videos / f"{number}.mp4", number)
     copy(bikes(), videos / "bikes.mp4", 0)
-    struck = kill_many(videos, tmp_path, 3, 3, seed=0, most=3)
-    assert (struck["driver"], struck["worker"]) == (3, 3)
+    kill_many(videos, tmp_path, num_driver=3, num_worker=3, seed=0, most=3)
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
@@ -114,6 +118,17 @@ def test_headers_that_lie_and_names_that_are_no_video(tmp_path: Path, workers: W
     for name, reason in bad.items():
         assert expected[name] in reason, name
     assert workers.peak_bytes < WORKER_BYTES
+
+
+def test_a_frame_shown_for_minutes_among_many_is_cut_at_once() -> None:
+    """As a slideshow that turns into a video: the parts are few, and finding them takes no longer than looking."""
+    times = np.arange(100_000) / 25
+    times[50_000:] += 600
+    (event,) = [Event(Shot(0, 99_999, 0.0, float(times[-1]) + 0.04), 1, None)]
+    parts = [part.shot for part in cut_long([event], times, 60.0)]
+    assert len(parts) <= 2 * 4000 / 60 + 2
+    assert [part.first for part in parts] == [0, *(part.last + 1 for part in parts[:-1])]
+    assert [part.num_frames for part in parts if part.seconds > 60 + 1e-9] == [1]
 
 
 # A stage -------------------------------------------------------------------------------------------------------------
@@ -208,27 +223,31 @@ def run_alone(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("limit_bytes", [2_500, 10_000, 30_000, 100_000])
-def test_a_full_disk_is_one_sentence_and_the_next_run_goes_on(tmp_path: Path, limit_bytes: int) -> None:
-    """The limits strike at the first table, at a video's signals, at the outputs, and at the report."""
-    arguments = ["curate", str(bikes()), "--out", str(tmp_path / "out"), "--set", "text=off", "--jobs", "1"]
-    limited = (
-        "import resource, signal, sys; from vchitect_fast.cli import main\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit_bytes}, {limit_bytes}))\n"
-        f"if __name__ == '__main__': sys.exit(main({arguments!r}))"
-    )
-    done = run_alone(limited)
-    assert done.returncode == 2, done.stderr
-    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("vchitect-fast curate: ")]
-    assert "could not write" in sentence or "cannot write" in sentence
-    assert "File too large" in sentence
-    assert "Traceback" not in done.stderr
-    assert not list((tmp_path / "out").rglob(".*.partial*"))
-    assert main(arguments) == 0
-    assert main([*arguments[:3], str(tmp_path / "whole"), *arguments[4:]]) == 0
-    assert clips(tmp_path / "out") == clips(tmp_path / "whole")
-    assert all(json.loads(line) for line in (tmp_path / "out" / "runs.jsonl").read_text().splitlines())
+def test_a_full_disk_is_one_sentence_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    """The limits strike at the first table, at a video's signals, at the report, and at the table of clips."""
+    out, arguments = tmp_path / "out", ["curate", str(bikes()), "--set", "text=off", "--jobs", "1", "--out"]
+    for limit_bytes, place in (
+        (2_500, "/state/sources/"),
+        (20_000, "/signals/"),
+        (60_000, "report.html"),
+        (10_000, "clips."),
+    ):
+        limited = (
+            "import resource, signal, sys; from vchitect_fast.cli import main\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit_bytes}, {limit_bytes}))\n"
+            f"if __name__ == '__main__': sys.exit(main({[*arguments, str(out)]!r}))"
+        )
+        done = run_alone(limited)
+        assert done.returncode == 2, done.stderr
+        (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("vchitect-fast curate: ")]
+        assert re.search(f"(could not|cannot) write .*{place}.*File too large", sentence)
+        assert "Traceback" not in done.stderr
+        assert not list(out.rglob(".*.partial*"))
+    assert main([*arguments, str(out)]) == 0
+    assert main([*arguments, str(tmp_path / "whole")]) == 0
+    assert clips(out) == clips(tmp_path / "whole")
+    assert [json.loads(line)["num_clips"] for line in (out / "runs.jsonl").read_text().splitlines()] == [6, 6]
 
 
 def test_two_processes_cannot_curate_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

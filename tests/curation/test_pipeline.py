@@ -11,7 +11,6 @@ import shutil
 import threading
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,10 +23,9 @@ from real_video import bikes, truncate
 
 from vchitect_fast.cli import main
 from vchitect_fast.curation.inputs import find_videos
-from vchitect_fast.curation.pipeline import BATCH
 from vchitect_fast.errors import UserError
 
-FIRST = {"ProbeTask": 2, "ScanTask": 2, "ClipTask": 2, "JudgeTask": 2}
+FIRST = {"ProbeTask": 2, "ScanTask": 2, "ClipTask": 2, "JudgeTask": 1}
 
 
 @dataclass
@@ -100,7 +98,7 @@ def test_a_rule_that_lets_more_through_judges_only_those(tmp_path: Path) -> None
 
 def test_another_parameter_computes_that_stage_and_what_reads_it(desk: Desk) -> None:
     before = clips(desk.out)
-    assert desk.run(frame=2.0) == {"JudgeTask": 2}
+    assert desk.run(frame=2.0) == {"JudgeTask": 1}
     assert desk.judged() == {"frame": 7, "reader": 7, "signal": 0}
     assert [row["made_up_reader.mean"] for row in clips(desk.out)] == [2 * row["made_up.mean"] for row in before]
     assert desk.run(frame=2.0, signal=2.0) == {"ClipTask": 2}
@@ -182,22 +180,6 @@ def test_damage_is_quarantined_once_and_a_good_file_takes_its_place(desk: Desk) 
     assert desk.run() - Counter(JudgeTask=1) == {"ProbeTask": 2, "ScanTask": 2, "ClipTask": 2}
     assert quarantine(desk.out) == []
     assert len(clips(desk.out)) == 9
-
-
-def test_long_videos_are_judged_in_batches_of_their_own(desk: Desk) -> None:
-    assert BATCH >= 6
-    tasks: list[Any] = []
-
-    class Look(Here):
-        def run(self, work: Any, num_workers: int | None = None) -> Iterator[Any]:
-            for task in work:
-                tasks.append(task)
-                yield from super().run([task])
-
-    stage = MadeUp(str(desk.folder / "log"), 3.0)
-    curate(desk.out, find_videos([str(desk.videos)]), stage, engine=Look())
-    assert [len(task.spans) for task in tasks] == [6, 1]
-    assert all(len({span.path for span in task.spans}) == 1 for task in tasks)
 
 
 # Places --------------------------------------------------------------------------------------------------------------
