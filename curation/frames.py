@@ -31,7 +31,7 @@ def open_video(path: str, threads: int = 1) -> Iterator[Any]:
     """A PyAV container of a local path or an fsspec URL, its video decoder set to stop at damage; BadVideo if none."""
     import av
 
-    with bounded_memory(), ExitStack() as opened:
+    with ExitStack() as opened:
         try:
             file = opened.enter_context(open_url(path)) if "://" in path else path
             container = opened.enter_context(av.open(file, metadata_errors="replace"))
@@ -53,7 +53,8 @@ def open_video(path: str, threads: int = 1) -> Iterator[Any]:
 def bounded_memory() -> Iterator[None]:
     """Lets this process take OPEN_BYTES more and no more, so that a hostile file ends as "Cannot allocate memory".
 
-    A header of a few bytes can claim pictures of gigabytes or an index of a hundred million packets. Linux only.
+    A header of a few bytes can claim pictures of gigabytes or an index of a hundred million packets. Linux only. The limit is
+    the process's, so this is for workers, which do one thing at a time, and not for threads side by side.
     """
     try:
         with open("/proc/self/status") as status:

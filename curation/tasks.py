@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from vchitect_fast.curation.frames import BadVideo, clip_frames
+from vchitect_fast.curation.frames import BadVideo, bounded_memory, clip_frames
 from vchitect_fast.curation.probe import Source, file_stamp, probe
 from vchitect_fast.curation.rules import Rule
 from vchitect_fast.curation.shots import ShotSettings, find_shots
@@ -46,7 +46,8 @@ class ProbeTask:
                 raise BadVideo("it is no file but a folder, a pipe or a device")
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise BadVideo(f"cannot read the file ({getattr(error, 'strerror', None) or error})") from None
-        return stamp, probe(self.path)
+        with bounded_memory():
+            return stamp, probe(self.path)
 
     def split(self) -> list[Any]:
         """A file is the smallest unit."""
@@ -68,7 +69,8 @@ class ScanTask:
             from vchitect_fast.curation.transnet import TransNet
 
             detector = TransNet()
-        return scan(self.source, self.chunk, transnet=detector).to_bytes()
+        with bounded_memory():
+            return scan(self.source, self.chunk, transnet=detector).to_bytes()
 
     def split(self) -> list[Any]:
         """A chunk is the smallest unit."""
@@ -165,7 +167,8 @@ class JudgeTask:
     def _frames(self, span: ClipSpan) -> dict[str, list[np.ndarray]]:
         """Stage name -> its frames, all from one decode."""
         wants = {s.name: s.wants(span) for s in self.stages if s.name not in self.known[span.id]}
-        pictures = iter(clip_frames(span, [want for several in wants.values() for want in several]))
+        with bounded_memory():
+            pictures = iter(clip_frames(span, [want for several in wants.values() for want in several]))
         return {name: [next(pictures) for _ in several] for name, several in wants.items()}
 
     def split(self) -> list[Any]:

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import threading
 from collections import Counter
+from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -287,17 +288,19 @@ def browse(page: str, folder: Path, width: int) -> tuple[str, list[str]]:
     """
     server, asked = socket.create_server(("127.0.0.1", 0)), []
 
-    def refuse() -> None:
-        while True:
-            try:
-                caller, _ = server.accept()
-            except OSError:
-                return
-            with caller:
-                asked.append(caller.recv(4096).split(b"\r\n")[0].decode("latin-1"))
+    def refuse(caller: socket.socket) -> None:
+        with caller, suppress(OSError):
+            if line := caller.recv(4096).split(b"\r\n")[0].decode("latin-1"):
+                asked.append(line)
                 caller.sendall(b"HTTP/1.1 404 Not here\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
 
-    threading.Thread(target=refuse, daemon=True).start()
+    def listen() -> None:
+        with suppress(OSError):  # until the server is closed
+            while True:
+                # A thread each: the browser also opens connections on which it then says nothing.
+                threading.Thread(target=refuse, args=(server.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=listen, daemon=True).start()
     script = """onload = () => {
         const page = document.getElementById("f").contentDocument, all = [...page.querySelectorAll("body *")];
         const root = page.documentElement, end = root.clientWidth + 0.5;
