@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install -q --disable-pip-version-check
 FOLDERS := vchitect_fast autotune profiling curation benchmarks
 LINTED := $(FOLDERS) $(wildcard examples) tests setup.py
-INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
+INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
 # Away from the repository's root: the folder profiling/ must not hide Python 3.15's own package of that name.
 export PYTHONSAFEPATH := 1
 
@@ -64,7 +64,7 @@ lint: mypy
 	@echo "== ruff, clang-format"
 	@$(BIN)/ruff check $(LINTED)
 	@$(BIN)/ruff format --check $(LINTED)
-	@$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/tests/*
+	@$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*.cu csrc/tests/*
 
 # The floor holds for vchitect_fast itself; the report shows all packages.
 test: ctest lint
