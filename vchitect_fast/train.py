@@ -2,7 +2,7 @@
 
 Every random draw (noise level, noise, caption dropout) comes from a generator seeded by (seed, step, microbatch), so a run
 that was stopped, even by kill -9, and resumed ends with the same parameters bit by bit, and no generator state is stored.
-It never chooses a layout: what to recompute, how to split the batch and in which dtype to compute is the Plan's.
+It never chooses a layout: what to keep, offload or recompute, how to split the batch and in which dtype is the Plan's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from vchitect_fast import checkpoint
-from vchitect_fast.architecture import PRESETS, preset
+from vchitect_fast.architecture import PRESETS, TransformerConfig, preset
 from vchitect_fast.config import TrainConfig, describe_fields
 from vchitect_fast.data import Batch, VideoData
 from vchitect_fast.ema import EMA
@@ -39,6 +39,9 @@ from vchitect_fast.model import VchitectTransformer
 from vchitect_fast.model.flow import draw_sigma, drop_captions, flow_loss
 from vchitect_fast.model.text import load_text_encoder
 from vchitect_fast.model.vae import load_codec
+from vchitect_fast.offload.engine import Engine
+from vchitect_fast.offload.hooks import Saving
+from vchitect_fast.offload.policy import offload_budget_bytes
 from vchitect_fast.optimizer import MasterAdamW
 from vchitect_fast.plan import Plan
 from vchitect_fast.resume import check_supported, only_process_in, resume, run_state, run_tensors
@@ -60,6 +63,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         reset_peak(device.type)
         model = build_model(config, plan).to(device)
+        model.saving = build_saving(plan, model.config, device)
         betas, dtype = (config.beta1, config.beta2), getattr(torch, plan.compute_dtype)
         optimizer = MasterAdamW(model, weight_decay=config.weight_decay, betas=betas, dtype=dtype)
         ema = EMA(optimizer.masters, config.ema_decay)
@@ -139,6 +143,21 @@ def build_model(config: TrainConfig, plan: Plan) -> VchitectTransformer:
         raise UserError(f"{config.model!r} is neither a model folder nor a preset; presets are {', '.join(PRESETS)}.")
     plan.check(model=model.config.fingerprint(), device=device)
     return model
+
+
+def build_saving(plan: Plan, config: TransformerConfig, device: torch.device) -> Saving:
+    """With the engine and the pool that the Plan's Policies need; without one where nothing is offloaded."""
+    budget = 0
+    for entry in plan.entries:
+        work = Workload(config, entry.video_shape, entry.microbatch, plan.num_text_tokens)
+        needed = offload_budget_bytes(work, entry.policy, plan.compute_dtype)
+        if entry.offload_bytes and entry.offload_bytes < needed:
+            raise UserError(
+                f"the Plan's {entry.shape} offloads {needed} bytes a microbatch and its offload_bytes is {entry.offload_bytes}; "
+                "set it to 0 (as much as is needed), or offload less."
+            )
+        budget = max(budget, entry.offload_bytes, needed)
+    return Saving(Engine(budget, device)) if budget else Saving()
 
 
 def build_pipeline(
