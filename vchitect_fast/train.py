@@ -216,10 +216,11 @@ class Step:
             text, pooled = drop_captions(
                 batch.text_embeds[rows], batch.pooled[rows], self.empty, config.caption_dropout, generator
             )
-            loss = flow_loss(self.model, latents, text, pooled, sigma, noise).mean() / entry.accumulation
-            clock.lap("forward_s")
-            loss.backward()
-            clock.lap("backward_s")
+            with self.model.saving.step():
+                loss = flow_loss(self.model, latents, text, pooled, sigma, noise).mean() / entry.accumulation
+                clock.lap("forward_s")
+                loss.backward()
+                clock.lap("backward_s")
             losses.append(loss.detach())
         total = float(torch.stack(losses).sum())
         rate = learning_rate(config, step)

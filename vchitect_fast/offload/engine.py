@@ -5,7 +5,7 @@
     engine.fetch(entry)                      the copy back starts (ahead of use, or not at all: restore does it)
     engine.restore(handle)                   the view, whole; UserError when the tensor was changed after it was saved
 
-A handle that dies gives its slot back: nothing has to be ended after an exception. The caller's stream is asked for at every
+A handle that dies gives its slot back, and `abandon` takes it from one that a failed graph keeps alive. The caller's stream is asked for at every
 call. On a CPU the "device" is ordinary memory, copied by memcpy. Refused, never passed over: subclasses of Tensor (DTensor
 among them), sparse, quantized and meta tensors, another device. What is worth moving is decided above.
 """
@@ -39,7 +39,7 @@ class Entry:
         self.rows = _rows(tensor)
         self.num_bytes = self.rows[0] * self.rows[1] if self.rows else storage.nbytes()
         self.packed_stride = torch.empty(tensor.shape, device="meta").stride() if self.rows else None
-        self.source: Tensor | None = tensor.detach()  # until the copy out is done, or longer when it is wanted by then
+        self.source: Tensor | None = alias_of(tensor)  # until the copy out is done, or longer when it is wanted by then
         self.wanted = False
         self.in_flight_bytes = self.num_bytes
         self.version, self.witness = tensor._version, _witness(tensor)
@@ -47,6 +47,7 @@ class Entry:
         self.fetched: Tensor | None = None  # the bytes back on the device, until every handle had them once
         self.arrived: StorageWeakRef | None = None  # the same for as long as anybody uses them
         self.num_handles = self.num_restored = 0
+        self.key: tuple[Any, ...] | None = None
 
     def handle(self, tensor: Tensor) -> Handle:
         """A view of these bytes as `tensor` sees them."""
@@ -115,10 +116,10 @@ class Engine:
         self._check(tensor, label)
         with self.lock:
             self._collect()
-            key = (tensor.untyped_storage()._cdata, tensor._version, _partial_key(tensor))
+            key = _key(tensor)
             known = self._known.get(key)
             entry = known() if known else None
-            if entry is not None and not entry.storage.expired():
+            if entry is not None and entry.ticket is not None:
                 return entry
             entry = Entry(self, tensor, label)
             address, row_bytes, num_rows, pitch = _source(tensor, entry.rows)
@@ -127,6 +128,7 @@ class Engine:
                 entry.ticket = self.mover.offload(address, row_bytes, num_rows, pitch, stream)
             except self.budget_error as error:
                 raise UserError(f"no room to offload {label}: {error}") from None
+            entry.key = key
             self._known[key] = weakref.ref(entry, partial(_forget, self._known, key))
             self._in_flight.append(weakref.ref(entry))
             self._in_flight_bytes += entry.num_bytes
@@ -140,7 +142,7 @@ class Engine:
             if entry.source is not None:
                 entry.wanted = True  # it has not left yet: it stays
             elif entry.fetched is None and self._arrived(entry) is None:
-                entry.fetched = torch.empty(entry.num_bytes, dtype=torch.uint8, device=self.device)
+                entry.fetched = _buffer(entry.num_bytes, self.device)
                 assert entry.ticket is not None
                 self.mover.prefetch(entry.ticket, entry.fetched.data_ptr(), 0, current_stream(self.device))
 
@@ -148,6 +150,8 @@ class Engine:
         """The saved view. What has not left yet is not fetched: the source itself is handed back."""
         entry = handle.entry
         with self.lock:
+            if entry.ticket is None:
+                raise RuntimeError(f"{entry.label} was given up with its step; run forward again.")
             if entry.witness._version != entry.version:
                 raise UserError(
                     f"{entry.label} was changed in place after it was saved for backward (version {entry.version}, now "
@@ -172,6 +176,16 @@ class Engine:
         if entry.arrived is None:
             return None
         return torch.UntypedStorage._new_with_weak_ptr(entry.arrived.cdata)
+
+    def abandon(self, entry: Entry) -> None:
+        """Give an entry's memory back although handles live: its step failed, and torch may hold a failed graph for good."""
+        with self.lock:
+            if entry.ticket is not None:
+                self._dead.append((entry.ticket, entry.in_flight_bytes, entry.source, entry.fetched))
+                entry.ticket = entry.source = entry.fetched = entry.arrived = None
+                entry.in_flight_bytes = 0
+                self._known.pop(entry.key or (), None)
+                self._collect()
 
     def settle(self) -> None:
         """Wait for every copy and give back every slot that no handle needs."""
@@ -233,15 +247,29 @@ def current_stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
+def _buffer(num_bytes: int, device: torch.device) -> Tensor:
+    """Device memory for what comes back; the copy into it starts after what the caller's stream holds now."""
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
+
 def _forget(known: dict[tuple[Any, ...], weakref.ref[Entry]], key: tuple[Any, ...], reference: object) -> None:
     """Called when an Entry dies."""
     if known.get(key) is reference:  # a later entry may have taken the place
         del known[key]
 
 
+def alias_of(tensor: Tensor) -> Tensor:
+    """The same bytes and version counter in a tensor of its own: the original may get a grad_fn and would close a cycle.
+
+    The guard matters inside a dispatch mode, where a plain detach would start a version counter of its own.
+    """
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return tensor.detach()
+
+
 def _witness(tensor: Tensor) -> Tensor:
     """Shares the version counter of `tensor` and none of its bytes."""
-    alias = tensor.detach()
+    alias = alias_of(tensor)
     alias.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return alias
 
@@ -252,10 +280,12 @@ def _view(storage: torch.UntypedStorage, handle: Handle) -> Tensor:
     )
 
 
-def _partial_key(tensor: Tensor) -> tuple[Any, ...] | None:
-    if _rows(tensor) is None:
-        return None
-    return (tensor.storage_offset(), tuple(tensor.size()), tensor.stride(), tensor.dtype)
+def _key(tensor: Tensor) -> tuple[Any, ...]:
+    """The same for tensors whose bytes need to be moved once: storage (an identity, not an address), version, and rows."""
+    part = None
+    if _rows(tensor) is not None:
+        part = (tensor.storage_offset(), tuple(tensor.size()), tensor.stride(), tensor.dtype)
+    return (tensor.untyped_storage()._cdata, tensor._version, part)
 
 
 def _rows(tensor: Tensor) -> tuple[int, int, int] | None:

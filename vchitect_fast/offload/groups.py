@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from threading import local
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from vchitect_fast.offload.engine import alias_of
 
 GROUPS = ("block_input", "qkv", "branch_out", "mlp_pre", "stats")
 PRODUCTS = {"addmm", "mm", "bmm", "baddbmm", "convolution", "_scaled_mm"}
@@ -64,13 +65,17 @@ class Frame:
         """Around the recomputation; may be entered again (retain_graph)."""
         return _Replaying(self)
 
+    def clear(self) -> None:
+        """Let go of everything that was saved; replaying is an error from here on."""
+        self._ops.clear()
+
     def record(self, op: Any, name: str, out: Any) -> None:
         """Save the outputs of an op that ran. All of them or none: half of them would not spare the op."""
         tensors = [item for item in _flat(out) if isinstance(item, Tensor) and item.numel()]
         held = []
         for tensor in tensors:
             is_output = (tensor.ndim, tensor.dtype) == (tensors[0].ndim, tensors[0].dtype)  # the log-sum-exp is neither
-            held.append(self._save(name if is_output else "stats", _alias(tensor)))
+            held.append(self._save(name if is_output else "stats", alias_of(tensor)))
         shell = _mapped(out, iter([_HOLE] * len(tensors)))
         self._ops.append((op, name, None if any(item is None for item in held) else (shell, held)))
 
@@ -85,7 +90,7 @@ class Frame:
         if saved is None:
             return compute()
         shell, held = saved
-        return _mapped(shell, iter([_alias(self._restore(item)) for item in held]))
+        return _mapped(shell, iter([alias_of(self._restore(item)) for item in held]))
 
 
 class _Recording(TorchDispatchMode):
@@ -106,6 +111,10 @@ class _Replaying(TorchDispatchMode):
         super().__init__()
         self.frame, self.position = frame, 0
 
+    def __enter__(self) -> Any:
+        self.position = 0  # entered again when the graph is retained
+        return super().__enter__()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(_scope, "name", None)
         if not name or not is_heavy(func, name):
@@ -116,12 +125,6 @@ class _Replaying(TorchDispatchMode):
 
 def _is_attention(op: Any) -> bool:
     return any(part in op._schema.name for part in ATTENTION)
-
-
-def _alias(tensor: Tensor) -> Tensor:
-    """The same bytes and version counter in a tensor of its own: the original gets a grad_fn and would close a cycle."""
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
-        return tensor.detach()
 
 
 def _flat(out: Any) -> list[Any]:

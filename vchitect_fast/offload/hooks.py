@@ -3,6 +3,7 @@
     saving = Saving(Engine(budget_bytes))          or Saving() when nothing is offloaded
     saved_pass = saving.new_pass()                 one forward of a model; several may come before a backward
     x, c = saving.run_block(run, policy, index, saved_pass, x, c, temb)
+    with saving.step(): ...                        around forwards and backwards, so that a failed one leaves nothing
     with saving.anonymous("encoder", min_bytes):   every tensor that a module which is not ours saves is moved
 
 Recomputation is torch's non-reentrant checkpoint; nothing in our blocks draws random numbers. Not supported, and refused or
@@ -12,6 +13,7 @@ changed in place. Parameters are never moved. What to do with a block is the Pla
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -47,7 +49,31 @@ class Saving:
     ) -> None:
         self.engine, self.depth, self.keep_last, self.count = engine, depth, keep_last, count
         self.orders = Orders()
+        self._passes: weakref.WeakSet[Pass] = weakref.WeakSet()
+        self._frames: weakref.WeakSet[Frame] = weakref.WeakSet()
         self.bytes: Counter[tuple[int, str, str]] = Counter()  # (block, group, action) -> bytes saved since `forget`
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around forwards and their backwards: when one fails, everything they saved is given back.
+
+        Needed, because torch keeps the graph of a backward that raised: its queue still holds nodes of it.
+        """
+        try:
+            yield
+        except BaseException:
+            self.abandon()
+            raise
+
+    def abandon(self) -> None:
+        """Give back all that is saved now; a backward through it is an error from here on."""
+        for frame in list(self._frames):
+            frame.clear()
+        for saved_pass in list(self._passes):
+            for bundle in saved_pass.bundles:
+                for reference in bundle.entries:
+                    if (entry := reference()) is not None:
+                        entry.engine.abandon(entry)
 
     def forget(self) -> None:
         """Set the counted bytes to nothing."""
@@ -55,8 +81,12 @@ class Saving:
 
     def new_pass(self) -> Pass | None:
         """For one forward of a model; None when nothing can be moved."""
-        engine = self.engine
-        return Pass(self.orders, engine.fetch, self.depth) if engine and torch.is_grad_enabled() else None
+        return self._pass_of(self.engine) if self.engine and torch.is_grad_enabled() else None
+
+    def _pass_of(self, engine: Engine) -> Pass:
+        saved_pass = Pass(self.orders, engine.fetch, self.depth)
+        self._passes.add(saved_pass)
+        return saved_pass
 
     def run_block(
         self, run: Run, policy: Policy, index: int, saved_pass: Pass | None, x: Tensor, c: Tensor, temb: Tensor
@@ -91,7 +121,7 @@ class Saving:
             raise UserError(f"{label} is to be offloaded and there is no engine; give Saving an Engine.")
         if torch.compiler.is_compiling():
             raise UserError(f"{label}: saved-tensor hooks do not survive torch.compile; offload outside of it.")
-        saved_pass = Pass(self.orders, engine.fetch, self.depth)
+        saved_pass = self._pass_of(engine)
         bundles: dict[int, int] = {}  # id of a living entry -> its bundle
 
         def pack(tensor: Tensor) -> Any:
@@ -142,6 +172,7 @@ class _Block:
         if policy.qkv == policy.branch_out == policy.mlp_pre == RECOMPUTE:
             return nullcontext(), nullcontext()
         frame = Frame(self.save, self.restore)  # not an attribute: a cycle would keep everything until a collection
+        self.saving._frames.add(frame)
         return frame.recording(), frame.replaying()
 
     def pack_input(self, tensor: Tensor) -> Any:

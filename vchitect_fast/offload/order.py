@@ -34,6 +34,7 @@ class Orders:
 
     def __init__(self) -> None:
         self._learnt: dict[Hashable, tuple[int, ...]] = {}
+        self.num_ahead = self.num_late = 0  # bundles that had been fetched, or not, when backward asked for them
 
     def of(self, kind: Hashable, num_bundles: int) -> tuple[int, ...]:
         """Positions of bundles in the order of use."""
@@ -76,6 +77,10 @@ class Pass:
         if position in self._used:
             return
         self._used.append(position)
+        if self.bundles[position].fetched:
+            self._orders.num_ahead += 1
+        else:
+            self._orders.num_late += 1
         order = self._orders.of(self.kind, len(self.bundles))
         here = order.index(position) if position in order else len(order)
         ahead = [p for p in order[here + 1 :] if p not in self._used][: self._depth]
