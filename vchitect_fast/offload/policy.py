@@ -116,11 +116,14 @@ def spread(num_chosen_of: float | Fraction, num_blocks: int) -> tuple[bool, ...]
     return tuple(chosen)
 
 
-def from_selective_ratio(ratio: float, num_blocks: int, reading: str) -> tuple[Policy, ...]:
+def from_selective_ratio(
+    ratio: float, num_blocks: int, reading: str, *, offload_inputs: bool = False
+) -> tuple[Policy, ...]:
     """The Policies that LiteGen's `selective_ratio` stands for, in one of its two readings.
 
-    reading  "kept"        the fraction of blocks that are NOT recomputed: LiteGen's code
-             "recomputed"  the fraction of blocks that are: the table of the paper
+    reading         "kept"        the fraction of blocks that are NOT recomputed: LiteGen's code
+                    "recomputed"  the fraction of blocks that are: the table of the paper
+    offload_inputs  the inputs of recomputed blocks are offloaded instead of kept
     """
     if reading not in READINGS:
         raise unknown_name("reading of selective_ratio", reading, READINGS)
@@ -130,4 +133,5 @@ def from_selective_ratio(ratio: float, num_blocks: int, reading: str) -> tuple[P
         )
     chosen = spread(ratio, num_blocks)
     keeps = chosen if reading == "kept" else tuple(not item for item in chosen)
-    return tuple(Policy.keep() if item else Policy.recompute() for item in keeps)
+    again = replace(Policy.recompute(), block_input=OFFLOAD) if offload_inputs else Policy.recompute()
+    return tuple(Policy.keep() if item else again for item in keeps)
