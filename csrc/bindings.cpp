@@ -129,6 +129,11 @@ PYBIND11_MODULE(_C, m) {
       .def("wait", &vf::Engine::wait, unlocked(), py::arg("ticket"), py::arg("stream") = 0)
       .def("done", py::overload_cast<vf::Ticket>(&vf::Engine::done), unlocked(), py::arg("ticket"))
       .def("release", &vf::Engine::release, unlocked(), py::arg("ticket"))
+      .def("streams",
+           [](const vf::Engine& engine) {
+             return std::pair(engine.stream(vf::Direction::kOffload),
+                              engine.stream(vf::Direction::kPrefetch));
+           })
       .def("settle", &vf::Engine::settle, unlocked())
       .def("stats", &stats);
 }

@@ -70,6 +70,9 @@ class Copier {
   [[nodiscard]] virtual bool done(Mark mark) const = 0;
 
   [[nodiscard]] virtual CopyStats stats(Direction direction) const = 0;
+
+  // The stream of a direction's copies, 0 on a host: tests put a slow kernel into it.
+  [[nodiscard]] virtual Stream stream(Direction direction) const = 0;
 };
 
 }  // namespace vf

@@ -183,6 +183,10 @@ CopyStats CudaCopier::stats(Direction direction) const {
   return queue(direction).stats;
 }
 
+Stream CudaCopier::stream(Direction direction) const {
+  return reinterpret_cast<Stream>(queue(direction).stream);  // never changes after the constructor
+}
+
 void CudaCopier::reap(Queue& of) const {
   while (!of.flights.empty()) {
     const Flight flight = of.flights.front();

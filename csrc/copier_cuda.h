@@ -32,6 +32,7 @@ class CudaCopier final : public Copier {
   void finish(Mark mark) override;
   [[nodiscard]] bool done(Mark mark) const override;
   [[nodiscard]] CopyStats stats(Direction direction) const override;
+  [[nodiscard]] Stream stream(Direction direction) const override;
 
  private:
   // Handles are void* here so that this header needs no CUDA header.

@@ -47,6 +47,9 @@ class FaultyCopier final : public Copier {
   [[nodiscard]] CopyStats stats(Direction direction) const override {
     return inner_.stats(direction);
   }
+  [[nodiscard]] Stream stream(Direction direction) const override {
+    return inner_.stream(direction);
+  }
 
  private:
   const std::string without_;

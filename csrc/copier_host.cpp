@@ -79,6 +79,8 @@ CopyStats HostCopier::stats(Direction direction) const {
   return queues_[static_cast<std::size_t>(direction)].stats;
 }
 
+Stream HostCopier::stream(Direction) const { return 0; }
+
 bool HostCopier::reached(Mark mark) const {
   return queues_[static_cast<std::size_t>(mark.direction)].num_done >= mark.sequence;
 }

@@ -30,6 +30,7 @@ class HostCopier final : public Copier {
   void finish(Mark mark) override;
   [[nodiscard]] bool done(Mark mark) const override;
   [[nodiscard]] CopyStats stats(Direction direction) const override;
+  [[nodiscard]] Stream stream(Direction direction) const override;
 
  private:
   struct Queued {

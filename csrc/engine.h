@@ -71,6 +71,7 @@ class Engine {
   [[nodiscard]] PoolStats stats();
   [[nodiscard]] PoolSetup setup() const { return pool_.setup(); }
   [[nodiscard]] CopyStats copies(Direction direction) const { return copier_->stats(direction); }
+  [[nodiscard]] Stream stream(Direction direction) const { return copier_->stream(direction); }
 
  private:
   struct Entry {

@@ -64,6 +64,7 @@ def test_counts_bytes_copies_and_seconds_of_each_direction() -> None:
     assert (stats["offload_num_copies"], stats["offload_bytes"]) == (1, 16 * MIB)
     assert (stats["prefetch_num_copies"], stats["prefetch_bytes"]) == (2, 32 * MIB)
     assert 0 < stats["offload_busy_s"] < 10 and 0 < stats["prefetch_busy_s"] < 10
+    assert engine.streams() == (0, 0)  # the host has none
     assert stats["setup_s"] > 0 and stats["num_setup_threads"] == 2 and 0 <= stats["huge_bytes"] <= 32 * MIB
 
 
