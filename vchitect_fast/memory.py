@@ -162,6 +162,7 @@ def _measure(
     saving = model.saving = build_saving(plan, config, device)
     saving.count = True
     model.set_policy(entry.policy)
+    model.set_chunks(entry.num_chunks)
     model.attention_backend = entry.attention
     sizes = [
         (work.batch, shape.num_frames, config.in_channels, shape.latent_height, shape.latent_width),

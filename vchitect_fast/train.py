@@ -64,6 +64,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
         reset_peak(device.type)
         model = build_model(config, plan).to(device)
         model.saving = build_saving(plan, model.config, device)
+        for entry in plan.entries:  # what a block cannot do is refused before the data is read
+            model.set_policy(entry.policy)
+            model.set_chunks(entry.num_chunks)
         betas, dtype = (config.beta1, config.beta2), getattr(torch, plan.compute_dtype)
         optimizer = MasterAdamW(model, weight_decay=config.weight_decay, betas=betas, dtype=dtype)
         ema = EMA(optimizer.masters, config.ema_decay)
@@ -204,6 +207,7 @@ class Step:
         """Returns the step's log record; UserError when the loss is not finite."""
         config, entry = self.config, self.plan.entry(batch.shape)
         self.model.set_policy(entry.policy)
+        self.model.set_chunks(entry.num_chunks)
         self.model.attention_backend = entry.attention
         clock = Clock(batch.latents.device)
         losses: list[Tensor] = []

@@ -101,4 +101,4 @@ def test_a_measurement_that_fails_does_not_hide_the_others(monkeypatch: pytest.M
     assert offload_goals.main([]) == 1
     printed = capsys.readouterr().out
     assert "failed with ZeroDivisionError: oops" in printed and "0.97 ratio; pass" in printed
-    assert "0.9 ratio; fall short" in printed and "chunks, which train does not do yet" in printed
+    assert "0.9 ratio; fall short" in printed and "needs the fused block measured first" in printed

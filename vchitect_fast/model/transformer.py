@@ -22,11 +22,12 @@ from vchitect_fast.architecture import TransformerConfig
 from vchitect_fast.errors import UserError, unknown_name
 from vchitect_fast.model import weights
 from vchitect_fast.model.blocks import AdaLN, Block, Branches, modulate
+from vchitect_fast.model.chunks import chunked_block
 from vchitect_fast.model.embed import PatchEmbed, TimeTextEmbed
 from vchitect_fast.model.fused import fused_block
 from vchitect_fast.offload.hooks import Saving
 from vchitect_fast.offload.policy import check_policy, effective, offloads
-from vchitect_fast.plan import Policy
+from vchitect_fast.plan import RECOMPUTE, Policy
 
 ALL_BRANCHES = Branches()
 SDPA = {"spatial": "sdpa", "temporal": "sdpa", "cross": "sdpa"}
@@ -55,6 +56,7 @@ class VchitectTransformer(nn.Module):
         self.saving = Saving()
         self.attention_backend = dict(SDPA)
         self.kernels: str | None = None
+        self.num_chunks = 1
         self._branches = branches
         self._initialise()
 
@@ -83,6 +85,21 @@ class VchitectTransformer(nn.Module):
                     f"block {index} is to be offloaded and this model has no engine; set model.saving = Saving(Engine(budget_bytes)) first."
                 )
         self.policy = tuple(policy)
+
+    def set_chunks(self, num_chunks: int) -> None:
+        """Compute each block in so many chunks of frames or positions (chunks.py); 1 = whole. After set_policy."""
+        if num_chunks > 1 and self.kernels:
+            raise UserError(
+                f"a block in {num_chunks} chunks is plain torch, got kernels {self.kernels!r}; choose one of the two."
+            )
+        for index, policy in enumerate(self.policy):
+            groups = {policy.qkv, policy.branch_out, policy.mlp_pre, policy.stats}
+            if num_chunks > 1 and policy != Policy.keep() and groups != {RECOMPUTE}:
+                raise UserError(
+                    f"block {index}: in {num_chunks} chunks all groups but block_input are recomputed, the Policy keeps or "
+                    "offloads some; recompute them, or use one chunk."
+                )
+        self.num_chunks = num_chunks
 
     def set_kernels(self, impl: str | None) -> None:
         """Who computes a block: None = the plain modules of blocks.py, "triton" or "reference" = fused.py on those ops."""
@@ -116,7 +133,9 @@ class VchitectTransformer(nn.Module):
         saving, saved_pass = self.saving, self.saving.new_pass()
         for index, policy in enumerate(effective(self.policy, saving.keep_last)):
             block = cast(Block, self.transformer_blocks[index])
-            if self.kernels:
+            if self.num_chunks > 1:
+                run = partial(chunked_block, block, backend=self.attention_backend, num_chunks=self.num_chunks)
+            elif self.kernels:
                 run = partial(fused_block, block, impl=self.kernels)
             else:
                 run = partial(block, backend=self.attention_backend)
