@@ -69,12 +69,12 @@ def measure_all() -> list[Row]:
     found = {name: replace(row, not_measured=NOT_BUILT.get(name, "")) for name, row in ROWS.items()}
     for names, measurement in MEASUREMENTS:
         try:
-            values = measurement()
+            values: Sequence[float | str] = measurement()
         except Exception as error:  # one that fails must not hide the others; the exit code tells
             values = [f"failed with {type(error).__name__}: {error}"] * len(names)
         for name, value in zip(names, values, strict=True):
             change = {"not_measured": value} if isinstance(value, str) else {"found": float(value)}
-            found[name] = replace(found[name], **change)  # type: ignore[arg-type]
+            found[name] = replace(found[name], **change)
     return list(found.values())
 
 
