@@ -116,7 +116,8 @@ def explain(plan: Plan, entry: PlanEntry, config: TransformerConfig, *, measure:
             f"expected a Policy for each of {config.num_layers} blocks, got {len(entry.policy)}; plan this model again."
         )
     work = Workload(config, entry.video_shape, entry.microbatch, plan.num_text_tokens)
-    kind = this_device().kind if measure else ("cpu" if plan.device_threads else "cuda")
+    here = this_device()  # another machine is taken for a GPU: LayerNorm's statistics are fp32 there, in whole blocks
+    kind = here.kind if measure or here.fingerprint() == plan.device else "cuda"
     predicted = step_bytes(work, entry.policy, plan.compute_dtype, device_kind=kind)
     measured, engine = _measure(plan, entry, work, predicted) if measure else (None, None)
     rows = []

@@ -6,6 +6,7 @@ pytest tests/offload/test_blocks.py
 from __future__ import annotations
 
 import itertools
+import threading
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from offloading import (
     work_of,
 )
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from vchitect_fast.errors import UserError
 from vchitect_fast.model import VchitectTransformer, preset
@@ -290,3 +292,50 @@ def test_the_pool_wastes_little_and_asks_the_system_for_nothing_after_it_was_mad
     assert after["high_water_bytes"] == budget and after["num_free_ranges"] == 1
     steady = [stats["setup_s"] for stats in fullest] + [after["setup_s"]]
     assert len(set(steady)) == 1, "a slab was made again"
+
+
+def test_two_threads_with_a_model_each_share_an_engine() -> None:
+    work = work_of()
+    models, inputs = [make_model(seed) for seed in range(2)], make_inputs(work)
+    expected = [gradients(model, inputs) for model in models]
+    engine = Engine(8 * MIB, delay_us_max=200, max_in_flight_bytes=20_000)
+    failures: list[BaseException] = []
+
+    def train(number: int) -> None:
+        try:
+            for _ in range(8):
+                assert_same(gradients(models[number], inputs), expected[number])
+        except BaseException as error:
+            failures.append(error)
+
+    for model in models:
+        model.saving = Saving(engine, keep_last=0)
+        model.set_policy([ALL] * NUM_BLOCKS)
+    threads = [threading.Thread(target=train, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert_no_leaks(engine)
+
+
+def test_a_checkpoint_inside_a_module_that_is_not_ours() -> None:
+    """Nested recompute: the module's own checkpoint saves its inputs through the anonymous hooks, and only those."""
+    torch.manual_seed(0)
+    inner = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.GELU(), torch.nn.Linear(64, 16))
+    x = torch.randn(8, 16, requires_grad=True)
+
+    def run() -> list[Tensor]:
+        y = checkpoint(inner, torch.tanh(x), use_reentrant=False)
+        y = checkpoint(lambda z: checkpoint(inner, z, use_reentrant=False).sin(), y, use_reentrant=False)
+        return list(torch.autograd.grad(y.square().sum(), [x, *inner.parameters()]))
+
+    expected = run()
+    engine = Engine(MIB, delay_us_max=200)
+    saving = Saving(engine)
+    with saving.anonymous("inner", min_bytes=0):
+        found = run()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert engine.stats()["offload_num_copies"] > 0
+    assert_no_leaks(engine)
