@@ -294,6 +294,23 @@ def test_the_pool_wastes_little_and_asks_the_system_for_nothing_after_it_was_mad
     assert len(set(steady)) == 1, "a slab was made again"
 
 
+def test_slots_and_sources_return_while_backward_goes_on() -> None:
+    model, inputs = make_model(), make_inputs(work_of())
+    engine = saving_of(model)
+    engine.max_in_flight_bytes = 0
+    model.set_policy([ALL] * NUM_BLOCKS)
+    seen = {}
+
+    def look(name: str) -> None:
+        engine.settle()
+        seen[name] = engine.stats()["num_slots"]
+
+    model.proj_out.weight.register_hook(lambda _: look("before the last block"))
+    model.transformer_blocks[0].ff.net[2].bias.register_hook(lambda _: look("at the first block"))
+    gradients(model, inputs)
+    assert seen == {"before the last block": 20 + 19, "at the first block": 20}
+
+
 def test_two_threads_with_a_model_each_share_an_engine() -> None:
     work = work_of()
     models, inputs = [make_model(seed) for seed in range(2)], make_inputs(work)

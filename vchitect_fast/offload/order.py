@@ -55,7 +55,9 @@ class Pass:
     def __init__(self, orders: Orders, fetch: Callable[[Entry], None], depth: int) -> None:
         self._orders, self._fetch, self._depth = orders, fetch, depth
         self.bundles: list[Bundle] = []
-        self._used: list[int] = []
+        self._used: dict[int, None] = {}  # in order
+        self._order: tuple[int, ...] = ()  # expected, and where each bundle stands in it
+        self._place: dict[int, int] = {}
 
     def add(self, key: Hashable, entry: Entry) -> int:
         """Put an entry into the bundle of `key`, which must be the newest or new. Returns the bundle's position."""
@@ -76,19 +78,29 @@ class Pass:
         """Backward asks for a bundle: fetch what is left of it, then those that come next."""
         if position in self._used:
             return
-        self._used.append(position)
+        self._used[position] = None
         if self.bundles[position].fetched:
             self._orders.num_ahead += 1
         else:
             self._orders.num_late += 1
-        order = self._orders.of(self.kind, len(self.bundles))
-        here = order.index(position) if position in order else len(order)
-        ahead = [p for p in order[here + 1 :] if p not in self._used][: self._depth]
-        for p in (position, *ahead):
-            if not self.bundles[p].fetched:
-                self.bundles[p].fetched = True
-                for reference in self.bundles[p].entries:
-                    if (entry := reference()) is not None:
-                        self._fetch(entry)
+        if len(self._order) != len(self.bundles):  # the first use, as a rule
+            self._order = self._orders.of(self.kind, len(self.bundles))
+            self._place = {bundle: place for place, bundle in enumerate(self._order)}
+        self._bring(position)
+        num_ahead = 0
+        for place in range(self._place.get(position, len(self._order)) + 1, len(self._order)):
+            if num_ahead == self._depth:
+                break
+            if self._order[place] not in self._used:
+                self._bring(self._order[place])
+                num_ahead += 1
         if len(self._used) == len(self.bundles):
             self._orders.learn(self.kind, tuple(self._used))
+
+    def _bring(self, position: int) -> None:
+        bundle = self.bundles[position]
+        if not bundle.fetched:
+            bundle.fetched = True
+            for reference in bundle.entries:
+                if (entry := reference()) is not None:
+                    self._fetch(entry)
