@@ -61,22 +61,25 @@ def test_views_and_aliases_of_a_storage_move_once() -> None:
     engine, x = Engine(MIB), base()
     entries = [engine.offload(view, "x") for view in (x, x.permute(2, 1, 0), x.detach(), x.view(-1), x[1:])]
     assert len({id(entry) for entry in entries}) == 1
+    engine.settle()  # copies count when they are done
     assert engine.stats()["offload_num_copies"] == 1 and engine.stats()["num_slots"] == 1
     handles = [entries[0].handle(view) for view in (x, x.t() if x.ndim == 2 else x.permute(2, 1, 0))]
     restored = [engine.restore(handle) for handle in handles]
     assert restored[0].data_ptr() == restored[1].data_ptr()
-    assert engine.stats()["prefetch_num_copies"] <= 1
+    assert engine.stats()["prefetch_num_copies"] == 1
 
 
 def test_a_dead_storage_is_never_taken_for_a_new_one_at_its_address() -> None:
     """R12's other half: memory is reused at once, a key made of addresses would hand back old bytes."""
-    engine = Engine(MIB, max_in_flight_bytes=0)
+    engine = Engine(8 * MIB, max_in_flight_bytes=0)
     held, addresses = [], []
-    for value in range(50):
+    for value in range(5000):  # as a rule the second has the address of the first
         x = torch.full((100,), float(value))
         addresses.append(x.data_ptr())
         held.append((engine.offload(x, "x").handle(x), value))
         del x
+        if value > 50 and len(set(addresses)) < len(addresses):
+            break
     assert len(set(addresses)) < len(addresses), "no address was used twice: the test shows nothing"
     for handle, value in held:
         assert (engine.restore(handle) == value).all()

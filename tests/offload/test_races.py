@@ -316,7 +316,7 @@ def test_r12_a_storage_moves_once_and_its_last_view_brings_it_back() -> None:
 
     assert right(None)
     assert not right(lambda tensor: id(tensor))  # every view by itself: moved twice
-    assert not right(lambda tensor: tensor.untyped_storage().data_ptr())  # addresses are used again
+    assert not right(lambda tensor: 4096)  # a key of addresses, when all have the same one in turn
 
 
 def test_r13_a_forward_without_gradients_or_of_another_kind_teaches_nothing() -> None:
