@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install -q --disable-pip-version-check
 FOLDERS := vchitect_fast autotune profiling curation benchmarks
 LINTED := $(FOLDERS) $(wildcard examples) tests setup.py
-INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
+INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
 # Away from the repository's root: the folder profiling/ must not hide Python 3.15's own package of that name.
 export PYTHONSAFEPATH := 1
 
@@ -16,7 +16,7 @@ export PYTHONSAFEPATH := 1
 help:
 	@echo "make quickstart   install into .venv, then real videos to a plan, a training run, a sample and a report"
 	@echo "make test         what CI runs: C++ tests, linters, types, all Python tests with coverage"
-	@echo "make soak         the long runs: 30 kills leave no trace, the quickstart learns every clip (fifteen minutes)"
+	@echo "make soak         the long runs: 30 kills leave no trace, the quickstart learns every clip (fifteen minutes), 20,000 random offload steps"
 	@echo "make lint         linters and types only"
 	@echo "make clean        remove .venv, build and caches (runs/ stays)"
 
@@ -64,7 +64,7 @@ lint: mypy
 	@echo "== ruff, clang-format"
 	@$(BIN)/ruff check $(LINTED)
 	@$(BIN)/ruff format --check $(LINTED)
-	@$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/tests/*
+	@$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*.cu csrc/tests/*
 
 # The floor holds for vchitect_fast itself; the report shows all packages.
 test: ctest lint

@@ -2,7 +2,7 @@
 
 autotune/, profiling/, curation/ and benchmarks/ stand at the top of the repository but install inside `vchitect_fast`:
 `profiling` alone would hide a package of Python 3.15. VCHITECT_FAST_EXT=0 leaves the C++ module out on purpose; a build
-that fails is an error, never a silent fallback.
+that fails is an error, never a silent fallback. VCHITECT_FAST_CUDA=1 builds the CUDA copier (needs nvcc; never run yet).
 """
 
 from __future__ import annotations
@@ -54,8 +54,10 @@ class CMakeBuild(build_ext):
 
         tree = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         cmake = cmake_command()
+        cuda = "ON" if os.environ.get("VCHITECT_FAST_CUDA") == "1" else "OFF"
         subprocess.run(
             [cmake, "-S", str(ROOT), "-B", str(tree), "-DCMAKE_BUILD_TYPE=Release", "-DVF_TESTS=OFF", "-DVF_PYTHON=ON",
+             f"-DVF_CUDA={cuda}",
              f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"],
             check=True,
         )  # fmt: skip

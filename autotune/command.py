@@ -23,7 +23,8 @@ from vchitect_fast.autotune.search import SAFETY, plan_run
 from vchitect_fast.cluster import Cluster
 from vchitect_fast.errors import UserError
 from vchitect_fast.machine import available_memory_bytes, this_device
-from vchitect_fast.plan import Plan, check_place
+from vchitect_fast.offload.policy import READINGS, from_selective_ratio
+from vchitect_fast.plan import Plan, Policy, check_place
 from vchitect_fast.shapes import VideoShape
 
 VERBS = ("probe", "plan", "explain", "verify")
@@ -68,6 +69,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "float32", "bfloat16"),
         default="auto",
         help="of activations and matmuls; auto = the faster (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--selective-ratio",
+        type=float,
+        metavar="R",
+        help="fraction of blocks, evenly spread, instead of a search; LiteGen's field, see --ratio-means",
+    )
+    parser.add_argument(
+        "--ratio-means",
+        choices=READINGS,
+        default="kept",
+        help="blocks that --selective-ratio counts: kept = NOT recomputed (LiteGen's code), recomputed = those that are "
+        "(the table of its paper) (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--offload-inputs",
+        action="store_true",
+        help="with --selective-ratio: the inputs of recomputed blocks go to host memory between forward and backward",
     )
     parser.add_argument("--out", default="plan.json", help="where the Plan goes (default: %(default)s)")
     parser.add_argument("--plan", default="plan.json", help="Plan to explain or verify (default: %(default)s)")
@@ -155,6 +174,14 @@ def _verify(args: argparse.Namespace) -> None:
     _print(compare(plan, measured))
 
 
+def _policy(args: argparse.Namespace, num_blocks: int) -> tuple[Policy, ...] | None:
+    if args.selective_ratio is None:
+        if args.offload_inputs:
+            raise UserError("--offload-inputs needs --selective-ratio; give the fraction of blocks too.")
+        return None
+    return from_selective_ratio(args.selective_ratio, num_blocks, args.ratio_means, offload_inputs=args.offload_inputs)
+
+
 def _shapes(args: argparse.Namespace) -> list[VideoShape]:
     if not args.shapes:
         raise UserError("which shapes to plan for is missing; give them as --shapes 32x512x384 or several.")
@@ -207,6 +234,7 @@ def _write_plan(
         num_text_tokens=args.text_tokens,
         dtype=args.dtype,
         limit_bytes=limit_bytes,
+        policy=_policy(args, config.num_layers),
     )
     plan.save(args.out)
     _show(plan, args.json)

@@ -2,7 +2,8 @@
 
     resident  = process + parameters (fp32 masters, copy in the compute dtype) + AdamW's two fp32 states + EMA + buffers
     gradients = fp32, a block's appear as its backward runs (with accumulation all are there from the second microbatch)
-    saved     = Workload.saved_bytes_per_block of every kept block; of a recomputed one only its input
+    saved     = Workload.saved_bytes_per_block of every kept block; of a recomputed one only its input; under given Policies
+                what offload.policy says is kept, and on a CPU the offload pool too, which is the same memory there
     working   = gradients between the ops of the block in backward
 
 Backward frees what a block saved while its gradients appear, so four kinds of moment compete: the end of forward, and in
@@ -15,9 +16,12 @@ workspaces of libraries. Letters as in workload.py. Layer 0 only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vchitect_fast.cluster import Device
+from vchitect_fast.offload.policy import offload_budget_bytes, step_bytes
+from vchitect_fast.plan import KEEP, Policy
 from vchitect_fast.workload import DTYPE_BYTES, Workload
 
 GIB = 2**30
@@ -81,9 +85,10 @@ def ends_bytes(work: Workload, element_bytes: int) -> int:
 
 
 def step_memory(
-    work: Workload, device: Device, dtype: str, *, num_recomputed: int, accumulation: int, ema: bool = True
-) -> StepMemory:
-    """The fullest moment of one step; arguments as in cost.step_cost."""
+    work: Workload, device: Device, dtype: str, *, num_recomputed: int, accumulation: int, ema: bool = True,
+    policy: Sequence[Policy] | None = None,
+) -> StepMemory:  # fmt: skip
+    """The fullest moment of one step; arguments as in cost.step_cost. `policy`, one a block, replaces `num_recomputed`."""
     element_bytes = DTYPE_BYTES[dtype]
     statistics_bytes = 4 if device.kind == "cuda" else element_bytes
     layers, d = work.config.num_layers, work.config.hidden_dim
@@ -92,7 +97,13 @@ def step_memory(
         for index in range(layers)
     ]
     held = [work.block_input_bytes(element_bytes) if index < num_recomputed else full[index] for index in range(layers)]
-    before_blocks = ends_bytes(work, element_bytes)
+    pool = 0
+    if policy is not None:
+        held = [0] * layers
+        for item in step_bytes(work, policy, dtype, device_kind=device.kind):
+            held[item.block] += item.num_bytes if item.action == KEEP else 0
+        pool = offload_budget_bytes(work, policy, dtype) if device.kind == "cpu" else 0
+    before_blocks = ends_bytes(work, element_bytes) + pool
     every_gradient = 4 * work.config.num_parameters()
     visual, text, joint = (element_bytes * d * rows for rows in (work.visual_rows, work.text_rows, work.rows))
 
@@ -105,12 +116,12 @@ def step_memory(
             working_bytes=working_bytes,
         )
 
-    moments = [moment(0, sum(held) + before_blocks, 0)]
+    moments = [moment(0, sum(held) + before_blocks, 0)]  # the pool is there all the time, the ends only now
     done = 0  # gradients of the blocks already passed
     for index in reversed(range(layers)):
         last = index == layers - 1
         own, mlp = 4 * block_parameters(work, last=last), 0 if last else 4 * 8 * d * d
-        earlier, again = sum(held[:index]), full[index] - held[index]
+        earlier, again = sum(held[:index]) + pool, full[index] - held[index]
         if not last:
             moments.append(moment(done, earlier + held[index], again + MLP_WORKING * text + STREAM_WORKING * joint))
         freed = 0 if last else MLP_SAVED * text

@@ -2,20 +2,22 @@
 
 The space is small and searched whole: every divisor of the batch as microbatch x 0..L recomputed blocks. Recomputed are
 the first blocks, because their turn in backward comes last, when the kept ones are already freed; so the block that is
-being computed again finds room. One device; sharding and offload are decided elsewhere. Layer 0 only.
+being computed again finds room. `policy` fixes what the blocks do, only the split is searched then; the time of copies to
+host memory is not predicted. One device; sharding is decided elsewhere. Layer 0 only.
 """
 
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from vchitect_fast.architecture import TransformerConfig
 from vchitect_fast.autotune.cost import StepCost, step_cost
 from vchitect_fast.autotune.memory import GIB, StepMemory, step_memory
 from vchitect_fast.cluster import Device
 from vchitect_fast.errors import UserError
-from vchitect_fast.plan import Plan, PlanEntry, Policy, Prediction
+from vchitect_fast.offload.policy import offload_budget_bytes
+from vchitect_fast.plan import RECOMPUTE, Plan, PlanEntry, Policy, Prediction
 from vchitect_fast.shapes import CODEC_FACTOR, VideoShape
 from vchitect_fast.workload import DTYPE_BYTES, Workload
 
@@ -30,12 +32,12 @@ class Choice:
     microbatch: int  # samples a forward
     accumulation: int  # microbatches a step
     num_recomputed: int  # of the first blocks
-    num_layers: int
+    policy: tuple[Policy, ...]
     cost: StepCost
     memory: StepMemory
 
     def __str__(self) -> str:
-        return f"microbatch {self.microbatch} x {self.accumulation}, {self.num_recomputed} of {self.num_layers} blocks recomputed"
+        return f"microbatch {self.microbatch} x {self.accumulation}, {self.num_recomputed} of {len(self.policy)} blocks recomputed"
 
     @property
     def peak_gib(self) -> float:
@@ -43,23 +45,28 @@ class Choice:
         return self.memory.peak_bytes / GIB
 
 
-def choices(work: Workload, device: Device, dtype: str) -> list[Choice]:
-    """The whole space for one shape; `work.batch` is the global batch."""
+def choices(work: Workload, device: Device, dtype: str, policy: tuple[Policy, ...] | None = None) -> list[Choice]:
+    """The whole space for one shape; `work.batch` is the global batch. `policy` leaves only the split."""
     layers, batch = work.config.num_layers, work.batch
     found = []
     for microbatch in (size for size in range(1, batch + 1) if batch % size == 0):
-        one = replace(work, batch=microbatch)
-        for recomputed in range(layers + 1):
-            times = batch // microbatch
+        one, times = replace(work, batch=microbatch), batch // microbatch
+        for recomputed in range(layers + 1) if policy is None else [num_recomputed(policy)]:
             cost = step_cost(one, device, dtype, num_recomputed=recomputed, accumulation=times)
-            memory = step_memory(one, device, dtype, num_recomputed=recomputed, accumulation=times)
-            found.append(Choice(microbatch, times, recomputed, layers, cost, memory))
+            memory = step_memory(one, device, dtype, num_recomputed=recomputed, accumulation=times, policy=policy)
+            chosen = policy or (Policy.recompute(),) * recomputed + (Policy.keep(),) * (layers - recomputed)
+            found.append(Choice(microbatch, times, recomputed, chosen, cost, memory))
     return found
+
+
+def num_recomputed(policy: tuple[Policy, ...]) -> int:
+    """Blocks of which anything is recomputed."""
+    return sum(RECOMPUTE in asdict(item).values() for item in policy)
 
 
 def plan_run(
     config: TransformerConfig, shapes: list[VideoShape], device: Device, *, batch: int, num_text_tokens: int, dtype: str,
-    limit_bytes: int | None = None,
+    limit_bytes: int | None = None, policy: tuple[Policy, ...] | None = None,
 ) -> Plan:  # fmt: skip
     """The Plan for a run on one device.
 
@@ -67,6 +74,7 @@ def plan_run(
     num_text_tokens  of the text encoder that the run will use
     dtype            "float32", "bfloat16", or "auto": the one with the shorter steps, summed over the shapes
     limit_bytes      memory that may be used; 0.9 of the device's by default
+    policy           of each block, where it is not to be searched
 
     Raises UserError when a shape fits in no way, with what is missing and the nearest shape that fits.
     """
@@ -75,7 +83,7 @@ def plan_run(
             f"a Plan needs at least one shape, sample and text token, got {len(shapes)}, {batch} and {num_text_tokens}."
         )
     if dtype == "auto":
-        return _faster_dtype(config, shapes, device, batch, num_text_tokens, limit_bytes)
+        return _faster_dtype(config, shapes, device, batch, num_text_tokens, limit_bytes, policy)
     limit = int(SAFETY * device.memory_bytes) if limit_bytes is None else limit_bytes
     if device.kind == "cuda":
         limit -= device.process_bytes or 0  # of the context; see memory.py
@@ -83,7 +91,7 @@ def plan_run(
     for shape in dict.fromkeys(shapes):
         _check_grid(config, shape)
         work = Workload(config, shape, batch, num_text_tokens)
-        entries.append(_entry(work, device, dtype, limit))
+        entries.append(_entry(work, device, dtype, limit, policy))
     return Plan(
         model=config.fingerprint(),
         device=device.fingerprint(),
@@ -113,7 +121,7 @@ def confidence(device: Device) -> str:
 
 def _faster_dtype(
     config: TransformerConfig, shapes: list[VideoShape], device: Device, batch: int, num_text_tokens: int,
-    limit_bytes: int | None,
+    limit_bytes: int | None, policy: tuple[Policy, ...] | None,
 ) -> Plan:  # fmt: skip
     plans, refusals = [], []
     for dtype in DTYPE_BYTES:
@@ -126,6 +134,7 @@ def _faster_dtype(
                 num_text_tokens=num_text_tokens,
                 dtype=dtype,
                 limit_bytes=limit_bytes,
+                policy=policy,
             )
             plans.append(plan)
         except UserError as error:
@@ -135,24 +144,22 @@ def _faster_dtype(
     return min(plans, key=lambda plan: sum(entry.predicted.step_s for entry in plan.entries))
 
 
-def _entry(work: Workload, device: Device, dtype: str, limit: int) -> PlanEntry:
-    space = choices(work, device, dtype)
+def _entry(work: Workload, device: Device, dtype: str, limit: int, policy: tuple[Policy, ...] | None) -> PlanEntry:
+    space = choices(work, device, dtype, policy)
     fitting = [choice for choice in space if choice.memory.peak_bytes <= limit]
     if not fitting:
         raise _nothing_fits(work, device, dtype, limit, min(space, key=lambda choice: choice.memory.peak_bytes))
     best = min(fitting, key=lambda choice: (choice.cost.step_s, choice.memory.peak_bytes))
     others = sorted((choice for choice in space if choice is not best), key=lambda choice: choice.cost.step_s)
-    policy = tuple(
-        Policy.recompute() if index < best.num_recomputed else Policy.keep() for index in range(best.num_layers)
-    )
+    moved = offload_budget_bytes(replace(work, batch=best.microbatch), best.policy, dtype)
+    rests_on = confidence(device) + ("; the time of copies to host memory not included" if moved else "")
     return PlanEntry(
         shape=str(work.shape),
-        policy=policy,
+        policy=best.policy,
+        offload_bytes=moved,
         microbatch=best.microbatch,
         accumulation=best.accumulation,
-        predicted=Prediction(
-            best.cost.step_s, best.cost.parts(), best.peak_gib, best.memory.parts_gib(), confidence(device)
-        ),
+        predicted=Prediction(best.cost.step_s, best.cost.parts(), best.peak_gib, best.memory.parts_gib(), rests_on),
         runners_up=tuple(_runner_up(other, best, limit) for other in others[:NUM_RUNNERS_UP]),
     )
 

@@ -19,7 +19,7 @@ from vchitect_fast.metrics import COMPUTE_TIMINGS, reset_peak
 from vchitect_fast.model import VchitectTransformer
 from vchitect_fast.optimizer import MasterAdamW
 from vchitect_fast.plan import Plan, PlanEntry
-from vchitect_fast.train import Step
+from vchitect_fast.train import Step, build_saving
 
 
 def verify(plan: Plan, config: TransformerConfig, *, num_steps: int = 5) -> dict[str, dict[str, float]]:
@@ -33,6 +33,7 @@ def verify(plan: Plan, config: TransformerConfig, *, num_steps: int = 5) -> dict
     plan.check(model=config.fingerprint(), device=this_device())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = VchitectTransformer(config).to(device)
+    model.saving = build_saving(plan, config, device)
     run = TrainConfig(manifest="", plan="")
     betas, dtype = (run.beta1, run.beta2), getattr(torch, plan.compute_dtype)
     optimizer = MasterAdamW(model, weight_decay=run.weight_decay, betas=betas, dtype=dtype)

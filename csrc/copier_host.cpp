@@ -1,9 +1,26 @@
 #include "copier_host.h"
 
+#include <chrono>
 #include <cstring>
+#include <memory>
+#include <random>
 #include <utility>
 
 namespace vf {
+
+namespace {
+
+void copy_rows(const Copy& copy) {
+  auto* target = static_cast<std::byte*>(copy.target);
+  const auto* source = static_cast<const std::byte*>(copy.source);
+  for (std::size_t row = 0; row < copy.num_rows; ++row) {
+    std::memcpy(target, source, copy.row_bytes);
+    target += copy.target_pitch;
+    source += copy.source_pitch;
+  }
+}
+
+}  // namespace
 
 HostCopier::HostCopier(std::function<void(Direction)> before_copy)
     : before_copy_(std::move(before_copy)) {
@@ -31,20 +48,23 @@ HostCopier::~HostCopier() {
   for (auto& thread : threads_) thread.join();
 }
 
-Mark HostCopier::start(Direction direction, void* target, const void* source, std::size_t bytes,
-                       std::optional<Mark> after) {
+void HostCopier::attach(void*, std::size_t, std::size_t) {}  // memcpy needs nothing of the slab
+
+Mark HostCopier::start(Direction direction, const Copy& copy, std::optional<Mark> after, Stream) {
   Mark mark{direction, 0};
   {
     const std::lock_guard lock(mutex_);
     Queue& to = queue(direction);
-    to.pending.push_back({target, source, bytes, after});
+    to.pending.push_back({copy, after});
     mark.sequence = ++to.num_started;
   }
   changed_.notify_all();
   return mark;
 }
 
-void HostCopier::wait(Mark mark) {
+void HostCopier::wait(Mark mark, Stream) { finish(mark); }
+
+void HostCopier::finish(Mark mark) {
   std::unique_lock lock(mutex_);
   changed_.wait(lock, [&] { return reached(mark); });
 }
@@ -54,27 +74,50 @@ bool HostCopier::done(Mark mark) const {
   return reached(mark);
 }
 
+CopyStats HostCopier::stats(Direction direction) const {
+  const std::lock_guard lock(mutex_);
+  return queues_[static_cast<std::size_t>(direction)].stats;
+}
+
+Stream HostCopier::stream(Direction) const { return 0; }
+
 bool HostCopier::reached(Mark mark) const {
   return queues_[static_cast<std::size_t>(mark.direction)].num_done >= mark.sequence;
 }
 
 void HostCopier::run(Direction direction) {
+  using Clock = std::chrono::steady_clock;
   Queue& own = queue(direction);
   std::unique_lock lock(mutex_);
   while (true) {
     changed_.wait(lock, [&] { return !own.pending.empty() || closing_; });
     if (own.pending.empty()) return;
-    const Copy copy = own.pending.front();
+    const Queued next = own.pending.front();
     own.pending.pop_front();
     // No deadlock: `after` was queued earlier, and each queue is worked through in order.
-    if (copy.after) changed_.wait(lock, [&] { return reached(*copy.after); });
+    if (next.after) changed_.wait(lock, [&] { return reached(*next.after); });
     lock.unlock();
     if (before_copy_) before_copy_(direction);
-    std::memcpy(copy.target, copy.source, copy.bytes);
+    const Clock::time_point begin = Clock::now();
+    copy_rows(next.copy);
+    const std::chrono::duration<double> seconds = Clock::now() - begin;
     lock.lock();
     ++own.num_done;
+    ++own.stats.num_copies;
+    own.stats.bytes += next.copy.bytes();
+    own.stats.busy_s += seconds.count();
     changed_.notify_all();
   }
+}
+
+std::function<void(Direction)> random_delays(std::uint32_t max_us, std::uint32_t seed) {
+  // One generator a direction: each is used by one copy thread only.
+  const auto random = std::make_shared<std::array<std::mt19937, 2>>(
+      std::array<std::mt19937, 2>{std::mt19937(seed), std::mt19937(seed + 1)});
+  return [random, max_us](Direction direction) {
+    const std::uint32_t us = (*random)[static_cast<std::size_t>(direction)]() % (max_us + 1);
+    std::this_thread::sleep_for(std::chrono::microseconds(us));
+  };
 }
 
 }  // namespace vf

@@ -23,22 +23,25 @@ class HostCopier final : public Copier {
   explicit HostCopier(std::function<void(Direction)> before_copy = {});
   ~HostCopier() override;
 
-  Mark start(Direction direction, void* target, const void* source, std::size_t bytes,
-             std::optional<Mark> after) override;
-  void wait(Mark mark) override;
+  void attach(void* slab, std::size_t bytes, std::size_t chunk_bytes) override;
+  Mark start(Direction direction, const Copy& copy, std::optional<Mark> after,
+             Stream stream) override;
+  void wait(Mark mark, Stream stream) override;
+  void finish(Mark mark) override;
   [[nodiscard]] bool done(Mark mark) const override;
+  [[nodiscard]] CopyStats stats(Direction direction) const override;
+  [[nodiscard]] Stream stream(Direction direction) const override;
 
  private:
-  struct Copy {
-    void* target;
-    const void* source;
-    std::size_t bytes;
+  struct Queued {
+    Copy copy;
     std::optional<Mark> after;
   };
   struct Queue {
-    std::deque<Copy> pending;
+    std::deque<Queued> pending;
     std::uint64_t num_started = 0;
     std::uint64_t num_done = 0;
+    CopyStats stats;
   };
 
   void run(Direction direction);
@@ -54,5 +57,10 @@ class HostCopier final : public Copier {
   bool closing_ = false;
   std::array<std::thread, 2> threads_;  // last: they use everything above
 };
+
+// A `before_copy` that sleeps 0 to `max_us` microseconds, drawn from `seed`, one series a
+// direction.
+[[nodiscard]] std::function<void(Direction)> random_delays(std::uint32_t max_us,
+                                                           std::uint32_t seed);
 
 }  // namespace vf

@@ -1,9 +1,10 @@
 // PinnedPool: one slab of host memory, reserved once, cut into slots by our own best-fit allocator.
 //
 // Page-locked memory is slow to make (the kernel touches every page), so a process makes one slab
-// and never asks again. Bookkeeping lies outside the slab: a stray write into a slot cannot break
-// it. Free neighbours are merged at once. What it does not do: grow, move slots, or lock pages by
-// itself; a device copier registers the slab with its driver.
+// and never asks again; several threads touch the pages, which is what takes the time. Bookkeeping
+// lies outside the slab: a stray write into a slot cannot break it. Free neighbours are merged at
+// once. What it does not do: grow, move slots, or lock pages by itself; a device copier registers
+// the slab with its driver, chunk by chunk, and no slot crosses from one chunk into the next.
 #pragma once
 
 #include <cstddef>
@@ -30,6 +31,21 @@ struct Slot {
   std::size_t bytes = 0;
 };
 
+struct PoolOptions {
+  std::size_t budget_bytes;
+  std::size_t alignment = 4096;                     // 256 (coalesced device access) or a page
+  unsigned num_threads = 0;                         // that touch pages; 0 = one a core, at most 16
+  std::size_t chunk_bytes = std::size_t{64} << 30;  // drivers refuse to register much more at once
+  int numa_node = -1;                               // that the pages must lie on; -1 = any
+};
+
+// What making the slab took.
+struct PoolSetup {
+  double seconds = 0;
+  unsigned num_threads = 0;
+  std::size_t huge_bytes = 0;  // of the slab in huge pages; 0 also where the system does not say
+};
+
 struct PoolStats {
   std::size_t budget_bytes = 0;        // of the slab
   std::size_t used_bytes = 0;          // in slots, rounding included
@@ -44,10 +60,10 @@ struct PoolStats {
 // Every method may be called from any thread.
 class PinnedPool {
  public:
-  // Maps the slab. `alignment` is 256 (coalesced device access) or 4096 (a page); the budget is a
-  // multiple of it. Throws std::invalid_argument on other values, std::system_error when the system
-  // refuses the memory.
-  PinnedPool(std::size_t budget_bytes, std::size_t alignment);
+  // Maps the slab and touches every page. Budget and chunk are multiples of the alignment. Throws
+  // std::invalid_argument on other values, std::system_error when the system refuses the memory or
+  // the NUMA node.
+  explicit PinnedPool(const PoolOptions& options);
   ~PinnedPool();
   PinnedPool(const PinnedPool&) = delete;
   PinnedPool& operator=(const PinnedPool&) = delete;
@@ -62,7 +78,10 @@ class PinnedPool {
   // Where a slot lies; valid until the pool is destroyed.
   [[nodiscard]] void* address(Slot slot) const { return slab_ + slot.offset; }
 
+  [[nodiscard]] void* slab() const { return slab_; }
+
   [[nodiscard]] PoolStats stats() const;
+  [[nodiscard]] PoolSetup setup() const { return setup_; }
 
  private:
   struct Use {
@@ -76,7 +95,11 @@ class PinnedPool {
 
   const std::size_t budget_bytes_;
   const std::size_t alignment_;
+  const std::size_t chunk_bytes_;
+  void* mapped_ = nullptr;  // a little more than the slab, which begins at a huge page
+  std::size_t mapped_bytes_ = 0;
   std::byte* slab_ = nullptr;
+  PoolSetup setup_;
   mutable std::mutex mutex_;
   std::map<std::size_t, std::size_t> free_by_offset_;           // offset -> bytes
   std::set<std::pair<std::size_t, std::size_t>> free_by_size_;  // (bytes, offset)

@@ -245,7 +245,11 @@ def _break_shard(folder: Path) -> None:
             "trains in one process",
         ),
         (lambda f: plan_of(f / "plan.json", fsdp_group="global"), [], "with fsdp_group 'global'"),
-        (lambda f: plan_of(f / "plan.json", num_chunks=4), [], "4x32x16 sets num_chunks"),
+        (
+            lambda f: plan_of(f / "plan.json", num_chunks=4, policy=Policy(qkv="recompute")),
+            [],
+            "block 0: in 4 chunks all groups but block_input are recomputed",
+        ),
         (
             lambda f: plan_of(f / "plan.json", num_text_tokens=333),
             [],

@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("vchitect_fast.doctor", "what this machine has, what each part can do with it, what to install"),
     "curate": ("vchitect_fast.curation.command", "cut videos into clips and write their manifest"),
     "autotune": ("vchitect_fast.autotune.command", "measure this machine and write the Plan that train obeys"),
+    "memory": ("vchitect_fast.memory", "what a step keeps, moves to host memory and recomputes, byte by byte"),
     "train": ("vchitect_fast.train", "train a transformer by a Plan"),
     "sample": ("vchitect_fast.sample", "make a video from a prompt"),
     "bench": ("vchitect_fast.benchmarks.command", "measure every op beside its alternatives; compare two results"),

@@ -160,7 +160,7 @@ def abilities(found: dict[str, Finding]) -> list[Ability]:
         needs("curate --engine ray", "on this machine or a cluster", "ray"),
         needs("sd3 codec", "AutoencoderKL from a folder of weights", "torch", "diffusers"),
         needs("sd3 text encoders", "CLIP-L, CLIP-G, T5 from a folder of weights", "torch", "transformers"),
-        needs("copy engine", "host memory; nothing in training uses it yet", "C++ module"),
+        needs("offload", "activations of a Plan that offloads, to host memory", "C++ module"),
         needs("log to TensorBoard", "besides the JSON lines", "tensorboard"),
         needs("log to wandb", "besides the JSON lines", "wandb"),
     ]
@@ -260,6 +260,7 @@ def _extension() -> str:
     addresses = [ctypes.addressof(ctypes.c_char.from_buffer(data)) for data in (source, target)]
     ticket = engine.offload(addresses[0], 8)
     engine.prefetch(ticket, addresses[1])
+    engine.wait(ticket)
     engine.release(ticket)
     if source != target:
         raise RuntimeError("8 bytes went through the copy engine and came back different")

@@ -60,7 +60,7 @@ def only_process_in(run: Path) -> Iterator[None]:
 
 
 def check_supported(plan: Plan) -> None:
-    """Refuse what this version would not obey: more than one process, sharding, offload, chunking."""
+    """Refuse what this version would not obey: more than one process, sharding."""
     if any(size != 1 for size in plan.mesh.values()) or plan.fsdp_group != "none":
         wanted = f"the mesh {plan.mesh} with fsdp_group {plan.fsdp_group!r}"
         raise UserError(
@@ -69,14 +69,12 @@ def check_supported(plan: Plan) -> None:
     for entry in plan.entries:
         wants = {
             "shard": entry.shard != ShardSpec(),
-            "offload_bytes": entry.offload_bytes,
-            "num_chunks": entry.num_chunks != 1,
             "vae_mini_batch (one for all shapes)": entry.vae_mini_batch != plan.entries[0].vae_mini_batch,
         }
         unsupported = ", ".join(name for name, wanted in wants.items() if wanted)
         if unsupported:
             raise UserError(
-                f"this version neither shards, offloads nor chunks, the Plan's {entry.shape} sets {unsupported}; "
+                f"this version does not do what the Plan's {entry.shape} sets: {unsupported}; "
                 "plan it with `vchitect-fast autotune`."
             )
 

@@ -2,7 +2,7 @@
 
 Every random draw (noise level, noise, caption dropout) comes from a generator seeded by (seed, step, microbatch), so a run
 that was stopped, even by kill -9, and resumed ends with the same parameters bit by bit, and no generator state is stored.
-It never chooses a layout: what to recompute, how to split the batch and in which dtype to compute is the Plan's.
+It never chooses a layout: what to keep, offload or recompute, how to split the batch and in which dtype is the Plan's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from vchitect_fast import checkpoint
-from vchitect_fast.architecture import PRESETS, preset
+from vchitect_fast.architecture import PRESETS, TransformerConfig, preset
 from vchitect_fast.config import TrainConfig, describe_fields
 from vchitect_fast.data import Batch, VideoData
 from vchitect_fast.ema import EMA
@@ -39,6 +39,9 @@ from vchitect_fast.model import VchitectTransformer
 from vchitect_fast.model.flow import draw_sigma, drop_captions, flow_loss
 from vchitect_fast.model.text import load_text_encoder
 from vchitect_fast.model.vae import load_codec
+from vchitect_fast.offload.engine import Engine
+from vchitect_fast.offload.hooks import Saving
+from vchitect_fast.offload.policy import offload_budget_bytes
 from vchitect_fast.optimizer import MasterAdamW
 from vchitect_fast.plan import Plan
 from vchitect_fast.resume import check_supported, only_process_in, resume, run_state, run_tensors
@@ -60,6 +63,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         reset_peak(device.type)
         model = build_model(config, plan).to(device)
+        model.saving = build_saving(plan, model.config, device)
+        for entry in plan.entries:  # what a block cannot do is refused before the data is read
+            model.set_policy(entry.policy)
+            model.set_chunks(entry.num_chunks)
         betas, dtype = (config.beta1, config.beta2), getattr(torch, plan.compute_dtype)
         optimizer = MasterAdamW(model, weight_decay=config.weight_decay, betas=betas, dtype=dtype)
         ema = EMA(optimizer.masters, config.ema_decay)
@@ -141,6 +148,21 @@ def build_model(config: TrainConfig, plan: Plan) -> VchitectTransformer:
     return model
 
 
+def build_saving(plan: Plan, config: TransformerConfig, device: torch.device) -> Saving:
+    """With the engine and the pool that the Plan's Policies need; without one where nothing is offloaded."""
+    budget = 0
+    for entry in plan.entries:
+        work = Workload(config, entry.video_shape, entry.microbatch, plan.num_text_tokens)
+        needed = offload_budget_bytes(work, entry.policy, plan.compute_dtype)
+        if entry.offload_bytes and entry.offload_bytes < needed:
+            raise UserError(
+                f"the Plan's {entry.shape} offloads {needed} bytes a microbatch and its offload_bytes is {entry.offload_bytes}; "
+                "set it to 0 (as much as is needed), or offload less."
+            )
+        budget = max(budget, entry.offload_bytes, needed)
+    return Saving(Engine(budget, device)) if budget else Saving()
+
+
 def build_pipeline(
     config: TrainConfig, plan: Plan, model: VchitectTransformer, ema: EMA, device: torch.device
 ) -> Pipeline:
@@ -185,6 +207,7 @@ class Step:
         """Returns the step's log record; UserError when the loss is not finite."""
         config, entry = self.config, self.plan.entry(batch.shape)
         self.model.set_policy(entry.policy)
+        self.model.set_chunks(entry.num_chunks)
         self.model.attention_backend = entry.attention
         clock = Clock(batch.latents.device)
         losses: list[Tensor] = []
@@ -197,10 +220,11 @@ class Step:
             text, pooled = drop_captions(
                 batch.text_embeds[rows], batch.pooled[rows], self.empty, config.caption_dropout, generator
             )
-            loss = flow_loss(self.model, latents, text, pooled, sigma, noise).mean() / entry.accumulation
-            clock.lap("forward_s")
-            loss.backward()
-            clock.lap("backward_s")
+            with self.model.saving.step():
+                loss = flow_loss(self.model, latents, text, pooled, sigma, noise).mean() / entry.accumulation
+                clock.lap("forward_s")
+                loss.backward()
+                clock.lap("backward_s")
             losses.append(loss.detach())
         total = float(torch.stack(losses).sum())
         rate = learning_rate(config, step)

@@ -2,19 +2,23 @@
 // nothing.
 #include "pool.h"
 
+#include <sys/mman.h>
+
 #include <cstring>
 #include <random>
 #include <stdexcept>
+#include <system_error>
 #include <vector>
 
 #include "check.h"
 
 namespace {
 
+using Options = vf::PoolOptions;
 constexpr std::size_t kPage = 4096;
 
 void rounds_up_and_counts() {
-  vf::PinnedPool pool(8 * kPage, kPage);
+  vf::PinnedPool pool({8 * kPage, kPage});
   const vf::Slot one = pool.allocate(1);
   const vf::Slot two = pool.allocate(kPage + 1);
   CHECK(one.bytes == kPage && two.bytes == 2 * kPage);
@@ -31,7 +35,7 @@ void rounds_up_and_counts() {
 }
 
 void takes_the_smallest_range_that_fits() {
-  vf::PinnedPool pool(16 * kPage, kPage);
+  vf::PinnedPool pool({16 * kPage, kPage});
   const vf::Slot large = pool.allocate(4 * kPage);
   const vf::Slot wall = pool.allocate(kPage);
   const vf::Slot small = pool.allocate(2 * kPage);
@@ -44,7 +48,7 @@ void takes_the_smallest_range_that_fits() {
 }
 
 void merges_on_both_sides() {
-  vf::PinnedPool pool(3 * kPage, kPage);
+  vf::PinnedPool pool({3 * kPage, kPage});
   const vf::Slot a = pool.allocate(kPage), b = pool.allocate(kPage), c = pool.allocate(kPage);
   pool.free(a);
   pool.free(c);
@@ -54,10 +58,10 @@ void merges_on_both_sides() {
 }
 
 void refuses() {
-  CHECK_THROWS(vf::PinnedPool(kPage, 512), std::invalid_argument, "256 or 4096");
-  CHECK_THROWS(vf::PinnedPool(0, kPage), std::invalid_argument, "positive multiple");
-  CHECK_THROWS(vf::PinnedPool(100, 256), std::invalid_argument, "positive multiple");
-  vf::PinnedPool pool(4 * kPage, kPage);
+  CHECK_THROWS(vf::PinnedPool(Options{kPage, 512}), std::invalid_argument, "256 or 4096");
+  CHECK_THROWS(vf::PinnedPool(Options{0, kPage}), std::invalid_argument, "positive multiple");
+  CHECK_THROWS(vf::PinnedPool(Options{100, 256}), std::invalid_argument, "positive multiple");
+  vf::PinnedPool pool({4 * kPage, kPage});
   const vf::Slot slot = pool.allocate(3 * kPage);
   CHECK_THROWS((void)pool.allocate(2 * kPage), vf::BudgetError, "at least 20480 bytes");
   CHECK_THROWS((void)pool.allocate(SIZE_MAX), vf::BudgetError, "4096 of 16384 bytes free");
@@ -68,6 +72,33 @@ void refuses() {
   CHECK((pool.allocate(4 * kPage).bytes == 4 * kPage));
 }
 
+void touches_every_page_and_says_what_it_took() {
+  for (const unsigned num_threads : {1U, 3U, 64U}) {
+    const vf::PinnedPool pool({(std::size_t{5} << 20) + kPage, kPage, num_threads});
+    const vf::PoolSetup setup = pool.setup();
+    CHECK(setup.num_threads == num_threads && setup.seconds > 0);
+    CHECK(setup.huge_bytes <= (std::size_t{5} << 20) + kPage);
+    std::vector<unsigned char> resident((std::size_t{5} << 20) / kPage + 1);
+    CHECK(::mincore(pool.slab(), resident.size() * kPage, resident.data()) == 0);
+    for (const unsigned char page : resident) CHECK(page & 1);
+  }
+  CHECK_THROWS(vf::PinnedPool(Options{kPage, kPage, 0, kPage, 900}), std::system_error,
+               "NUMA node 900");
+}
+
+// No slot crosses a chunk, and chunks are not merged when everything is free.
+void slots_stay_within_a_chunk() {
+  vf::PinnedPool pool({8 * kPage, kPage, 1, 4 * kPage});
+  CHECK(pool.stats().num_free_ranges == 2);
+  CHECK_THROWS((void)pool.allocate(5 * kPage), vf::BudgetError, "largest range 16384");
+  const vf::Slot a = pool.allocate(3 * kPage), b = pool.allocate(3 * kPage);
+  CHECK(a.offset / (4 * kPage) != b.offset / (4 * kPage));
+  const vf::Slot c = pool.allocate(kPage), d = pool.allocate(kPage);
+  for (const vf::Slot slot : {c, a, d, b}) pool.free(slot);
+  CHECK(pool.stats().num_free_ranges == 2 && pool.stats().largest_free_bytes == 4 * kPage);
+  CHECK_THROWS(vf::PinnedPool(Options{kPage, kPage, 1, 100}), std::invalid_argument, "chunk");
+}
+
 // Fills each slot with its own byte; an overlap overwrites somebody's.
 void random_use_keeps_every_slot_whole(std::size_t alignment, unsigned seed) {
   struct Held {
@@ -75,7 +106,7 @@ void random_use_keeps_every_slot_whole(std::size_t alignment, unsigned seed) {
     std::size_t bytes;
     unsigned char mark;
   };
-  vf::PinnedPool pool(1 << 20, alignment);
+  vf::PinnedPool pool({1 << 20, alignment});
   std::mt19937 random(seed);
   std::vector<Held> held;
   std::size_t used = 0, num_refused = 0;
@@ -112,6 +143,8 @@ void random_use_keeps_every_slot_whole(std::size_t alignment, unsigned seed) {
 }  // namespace
 
 int main() {
+  touches_every_page_and_says_what_it_took();
+  slots_stay_within_a_chunk();
   rounds_up_and_counts();
   takes_the_smallest_range_that_fits();
   merges_on_both_sides();

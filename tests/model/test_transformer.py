@@ -182,7 +182,9 @@ def test_rejects(change: dict[str, tuple[int, ...]], fragment: str) -> None:
 
 def test_offload_is_refused_until_there_is_an_engine() -> None:
     model = make()
-    with pytest.raises(UserError, match="keeps a whole block or recomputes it"):
+    with pytest.raises(UserError, match="block 0 is to be offloaded and this model has no engine"):
         model.set_policy((Policy(qkv="offload"),) * NANO.num_layers)
+    with pytest.raises(UserError, match="branch_out and stats come from the same op"):
+        model.set_policy((Policy(stats="recompute"),) * NANO.num_layers)
     with pytest.raises(UserError, match="each of 2 blocks, got 1"):
         model.set_policy((Policy.keep(),))

@@ -36,6 +36,38 @@ def test_round_trip_is_bitwise(num_bytes: int, alignment: int) -> None:
     assert engine.stats()["num_slots"] == 0
 
 
+def test_rows_leave_packed_and_come_back_packed_or_apart() -> None:
+    engine = _C.Engine(budget_bytes=MIB, delay_us_max=300, seed=1)
+    source = random_bytes(40 * 50, seed=3).reshape(50, 40)
+    packed, apart = np.zeros((50, 24), np.uint8), np.zeros((50, 40), np.uint8)
+    ticket = engine.offload(source.ctypes.data, 24, 50, 40)
+    engine.prefetch(ticket, packed.ctypes.data)
+    engine.prefetch(ticket, apart.ctypes.data, 40)
+    engine.wait(ticket)
+    np.testing.assert_array_equal(packed, source[:, :24])
+    np.testing.assert_array_equal(apart[:, :24], source[:, :24])
+    assert not apart[:, 24:].any() and engine.stats()["requested_bytes"] == 24 * 50
+    assert engine.done(ticket)
+    with pytest.raises(ValueError, match="rows must not overlap"):
+        engine.offload(source.ctypes.data, 24, 50, 16)
+
+
+def test_counts_bytes_copies_and_seconds_of_each_direction() -> None:
+    engine = _C.Engine(budget_bytes=32 * MIB, num_threads=2)
+    source = random_bytes(16 * MIB, seed=4)
+    ticket = engine.offload(source.ctypes.data, source.nbytes)
+    target = np.zeros_like(source)
+    engine.prefetch(ticket, target.ctypes.data)
+    engine.prefetch(ticket, target.ctypes.data)
+    engine.wait(ticket)
+    stats = engine.stats()
+    assert (stats["offload_num_copies"], stats["offload_bytes"]) == (1, 16 * MIB)
+    assert (stats["prefetch_num_copies"], stats["prefetch_bytes"]) == (2, 32 * MIB)
+    assert 0 < stats["offload_busy_s"] < 10 and 0 < stats["prefetch_busy_s"] < 10
+    assert engine.streams() == (0, 0)  # the host has none
+    assert stats["setup_s"] > 0 and stats["num_setup_threads"] == 2 and 0 <= stats["huge_bytes"] <= 32 * MIB
+
+
 def test_copies_a_torch_tensor() -> None:
     torch = pytest.importorskip("torch")
     engine = _C.Engine(budget_bytes=MIB)
@@ -43,6 +75,7 @@ def test_copies_a_torch_tensor() -> None:
     target = torch.empty_like(source)
     ticket = engine.offload(source.data_ptr(), source.nbytes)
     engine.prefetch(ticket, target.data_ptr())
+    engine.wait(ticket)
     engine.release(ticket)
     assert torch.equal(target.view(torch.int16), source.view(torch.int16))
 
@@ -125,6 +158,9 @@ def test_dead_tickets_are_refused() -> None:
         ({"budget_bytes": 0}, "positive multiple of 4096"),
         ({"budget_bytes": 5000}, "positive multiple of 4096"),
         ({"budget_bytes": 4096, "alignment": 64}, "256 or 4096"),
+        ({"budget_bytes": 4096, "chunk_bytes": 100}, "chunk that is a positive multiple of 4096"),
+        ({"budget_bytes": 4096, "without": "luck"}, "after, wait or done"),
+        ({"budget_bytes": 4096, "cuda": True, "delay_us_max": 5}, "no delays"),
     ],
 )
 def test_rejected_pools(arguments: dict[str, int], message: str) -> None:
@@ -144,4 +180,6 @@ def test_build_info_tells_how_it_was_built() -> None:
     info = _C.build_info()
     assert set(info) == {"compiler", "flags", "sanitize", "cuda"}
     assert info["compiler"] and "-std=c++17" in info["flags"]
-    assert info["cuda"] is False
+    if not info["cuda"]:
+        with pytest.raises(ValueError, match="no CUDA copier; build with VCHITECT_FAST_CUDA=1"):
+            _C.Engine(budget_bytes=4096, cuda=True)

@@ -5,7 +5,7 @@
     x += gate (to_out(y) + to_out_temporal(temporal(nx, nc)));   x += gate2 FF(LN(x)(1 + scale2) + shift2)
 
 This file defines the answer; fused kernels come behind the same modules and parameter names (those of the release).
-It does not choose what to recompute: transformer.py applies the Plan's Policy around whole blocks.
+It names the activation groups that it makes (`group`) and does not choose what becomes of them: the Plan's Policy does.
 Source: model_spec, "Block" and "Attention"; Peebles & Xie 2023 (AdaLN-Zero); Esser et al. 2024 (MM-DiT).
 
 Letters: B batch, T frames, S visual tokens a frame, N text tokens, J = S + N, D hidden, H heads, C head dim.
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vchitect_fast.architecture import TransformerConfig
 from vchitect_fast.attention import cross_attention, spatial_attention, temporal_attention
+from vchitect_fast.offload.groups import group
 
 NORM_EPS = 1e-6
 SPATIAL_WEIGHT = 1.1  # of the spatial branch in the sum, as released
@@ -65,7 +66,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        return self.net[2](F.gelu(self.net[0].get_submodule("proj")(x), approximate="tanh"))
+        with group("mlp_pre"):
+            hidden = self.net[0].get_submodule("proj")(x)
+        return self.net[2](F.gelu(hidden, approximate="tanh"))
 
 
 class BranchAttention(nn.Module):
@@ -89,27 +92,37 @@ class BranchAttention(nn.Module):
     def forward(self, x_BTSD: Tensor, c_BTND: Tensor, backend: dict[str, str]) -> tuple[Tensor, Tensor | None]:
         """Normed visual and text rows -> their attention outputs, the text one None in the last block."""
         S, T = x_BTSD.shape[2], x_BTSD.shape[1]
-        text_q, text_k, text_v = (self._heads(f(c_BTND)) for f in (self.add_q_proj, self.add_k_proj, self.add_v_proj))
+        with group("qkv"):
+            text_q, text_k, text_v = (
+                self._heads(f(c_BTND)) for f in (self.add_q_proj, self.add_k_proj, self.add_v_proj)
+            )
 
         def joint(project: nn.Linear, text: Tensor) -> Tensor:
-            return torch.cat((self._heads(project(x_BTSD)), text), dim=2)  # [B, T, J, H, C]
+            with group("qkv"):
+                visual = self._heads(project(x_BTSD))
+            return torch.cat((visual, text), dim=2)  # [B, T, J, H, C]
 
         y = temporal = None  # [B, T, J, D] each
         if self.branches.spatial:
             q, k, v = joint(self.to_q, text_q), joint(self.to_k, text_k), joint(self.to_v, text_v)
-            y = SPATIAL_WEIGHT * spatial_attention(q, k, v, backend=backend["spatial"]).flatten(-2)
+            with group("branch_out"):
+                spatial = spatial_attention(q, k, v, backend=backend["spatial"])
+            y = SPATIAL_WEIGHT * spatial.flatten(-2)
         if self.branches.cross:
             q = joint(self.to_q_cross, text_q)
-            cross = cross_attention(q, text_k[:, 0], text_v[:, 0], backend=backend["cross"]).flatten(-2)
-            cross = self.to_out_context(cross)
+            with group("branch_out"):
+                cross = cross_attention(q, text_k[:, 0], text_v[:, 0], backend=backend["cross"])
+            cross = self.to_out_context(cross.flatten(-2))
             y = cross if y is None else y + cross
         if y is None:
             y = x_BTSD.new_zeros(*x_BTSD.shape[:2], S + c_BTND.shape[2], x_BTSD.shape[3])
         if self.branches.temporal:
             q, k, v = joint(self.to_q_temp, text_q), joint(self.to_k_temp, text_k), joint(self.to_v_temp, text_v)
-            temporal = temporal_attention(
-                q, k, v, rope_scaling_factor=self.rope_scaling_factor, backend=backend["temporal"]
-            ).flatten(-2)
+            with group("branch_out"):
+                temporal = temporal_attention(
+                    q, k, v, rope_scaling_factor=self.rope_scaling_factor, backend=backend["temporal"]
+                )
+            temporal = temporal.flatten(-2)
         # An image multiplies the temporal term by 0: its weights get zero gradients, not missing ones.
         weight = 0.0 if T == 1 else 1.0
 

@@ -22,6 +22,7 @@ from vchitect_fast.kernels.branch_sum import branch_sum
 from vchitect_fast.kernels.projections import project
 from vchitect_fast.kernels.reference import QKV
 from vchitect_fast.model.blocks import NORM_EPS, SPATIAL_WEIGHT, Block, BranchAttention, FeedForward
+from vchitect_fast.offload.groups import group
 
 
 def fused_block(
@@ -50,13 +51,15 @@ def fused_block(
 def _attention(attn: BranchAttention, nx_BTSD: Tensor, nc_BTND: Tensor, impl: str) -> tuple[Tensor, Tensor | None]:
     """Normed rows -> attention outputs [B, T S, D] and [B, T N, D], the text one None in the last block."""
     visual = [attn.to_q, attn.to_k, attn.to_v, attn.to_q_temp, attn.to_k_temp, attn.to_v_temp, attn.to_q_cross]
-    q, k, v, q_temp, k_temp, v_temp, q_cross = _project(nx_BTSD, visual, attn.num_heads)
-    text: QKV = _project(nc_BTND, [attn.add_q_proj, attn.add_k_proj, attn.add_v_proj], attn.num_heads)  # type: ignore[assignment]
-    spatial = ops.spatial_attention((q, k, v), text, impl=impl)
-    temporal = ops.temporal_attention(
-        (q_temp, k_temp, v_temp), text, rope_scaling_factor=attn.rope_scaling_factor, impl=impl
-    )
-    cross = ops.cross_attention(q_cross, text[0], text[1][:, 0], text[2][:, 0], impl=impl)
+    with group("qkv"):
+        q, k, v, q_temp, k_temp, v_temp, q_cross = _project(nx_BTSD, visual, attn.num_heads)
+        text: QKV = _project(nc_BTND, [attn.add_q_proj, attn.add_k_proj, attn.add_v_proj], attn.num_heads)  # type: ignore[assignment]
+    with group("branch_out"):
+        spatial = ops.spatial_attention((q, k, v), text, impl=impl)
+        temporal = ops.temporal_attention(
+            (q_temp, k_temp, v_temp), text, rope_scaling_factor=attn.rope_scaling_factor, impl=impl
+        )
+        cross = ops.cross_attention(q_cross, text[0], text[1][:, 0], text[2][:, 0], impl=impl)
 
     def summed(source: int, out: torch.nn.Linear, out_temporal: torch.nn.Linear) -> Tensor:
         branches = [branch[source].flatten(-2) for branch in (spatial, cross, temporal)]
@@ -78,8 +81,9 @@ def _project(x_BTLD: Tensor, linears: list[torch.nn.Linear], num_heads: int) -> 
 
 def _feed_forward(ff: FeedForward, x_BLD: Tensor, impl: str) -> Tensor:
     first = cast(torch.nn.Linear, ff.net[0].get_submodule("proj"))
-    hidden = ops.bias_gelu(F.linear(x_BLD, first.weight), first.bias, impl=impl)
-    return ff.net[2](hidden)
+    with group("mlp_pre"):
+        pre = F.linear(x_BLD, first.weight)
+    return ff.net[2](ops.bias_gelu(pre, first.bias, impl=impl))
 
 
 def _pair(linear: torch.nn.Linear) -> tuple[Tensor, Tensor]:

@@ -11,22 +11,23 @@ columns, p patch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vchitect_fast.architecture import TransformerConfig
 from vchitect_fast.errors import UserError, unknown_name
 from vchitect_fast.model import weights
 from vchitect_fast.model.blocks import AdaLN, Block, Branches, modulate
+from vchitect_fast.model.chunks import chunked_block
 from vchitect_fast.model.embed import PatchEmbed, TimeTextEmbed
 from vchitect_fast.model.fused import fused_block
-from vchitect_fast.plan import KEEP, Policy
+from vchitect_fast.offload.hooks import Saving
+from vchitect_fast.offload.policy import check_policy, effective, offloads
+from vchitect_fast.plan import RECOMPUTE, Policy
 
 ALL_BRANCHES = Branches()
 SDPA = {"spatial": "sdpa", "temporal": "sdpa", "cross": "sdpa"}
@@ -52,8 +53,10 @@ class VchitectTransformer(nn.Module):
         self.norm_out = AdaLN(D, 2)
         self.proj_out = nn.Linear(D, config.patch_size**2 * config.out_channels)
         self.policy: tuple[Policy, ...] = (Policy.keep(),) * L
+        self.saving = Saving()
         self.attention_backend = dict(SDPA)
         self.kernels: str | None = None
+        self.num_chunks = 1
         self._branches = branches
         self._initialise()
 
@@ -70,18 +73,33 @@ class VchitectTransformer(nn.Module):
             nn.init.zeros_(linear.weight)
 
     def set_policy(self, policy: Sequence[Policy]) -> None:
-        """What each block keeps for backward: everything, or its input alone with the rest recomputed."""
+        """What each block keeps, offloads or recomputes; offloading needs `saving` with an engine. UserError as check_policy."""
         if len(policy) != self.config.num_layers:
             raise UserError(
                 f"expected a Policy for each of {self.config.num_layers} blocks, got {len(policy)}; plan this model again."
             )
         for index, item in enumerate(policy):
-            if item not in (Policy.keep(), Policy.recompute()):
+            check_policy(item, index)
+            if offloads(item) and self.saving.engine is None:
                 raise UserError(
-                    f"block {index}: this version keeps a whole block or recomputes it from its input, got {asdict(item)}; "
-                    "plan with `vchitect-fast autotune`."
+                    f"block {index} is to be offloaded and this model has no engine; set model.saving = Saving(Engine(budget_bytes)) first."
                 )
         self.policy = tuple(policy)
+
+    def set_chunks(self, num_chunks: int) -> None:
+        """Compute each block in so many chunks of frames or positions (chunks.py); 1 = whole. After set_policy."""
+        if num_chunks > 1 and self.kernels:
+            raise UserError(
+                f"a block in {num_chunks} chunks is plain torch, got kernels {self.kernels!r}; choose one of the two."
+            )
+        for index, policy in enumerate(self.policy):
+            groups = {policy.qkv, policy.branch_out, policy.mlp_pre, policy.stats}
+            if num_chunks > 1 and policy != Policy.keep() and groups != {RECOMPUTE}:
+                raise UserError(
+                    f"block {index}: in {num_chunks} chunks all groups but block_input are recomputed, the Policy keeps or "
+                    "offloads some; recompute them, or use one chunk."
+                )
+        self.num_chunks = num_chunks
 
     def set_kernels(self, impl: str | None) -> None:
         """Who computes a block: None = the plain modules of blocks.py, "triton" or "reference" = fused.py on those ops."""
@@ -112,16 +130,16 @@ class VchitectTransformer(nn.Module):
         temb = self.time_text_embed(timestep, pooled_projections.to(dtype))
         text = self.context_embedder(encoder_hidden_states.to(dtype))
         c = text[:, None].expand(-1, T, -1, -1)  # the text stream is per frame from here on
-        for block, policy in zip(self.transformer_blocks, self.policy, strict=True):
-            if self.kernels:
-                run = partial(fused_block, cast(Block, block), impl=self.kernels)
+        saving, saved_pass = self.saving, self.saving.new_pass()
+        for index, policy in enumerate(effective(self.policy, saving.keep_last)):
+            block = cast(Block, self.transformer_blocks[index])
+            if self.num_chunks > 1:
+                run = partial(chunked_block, block, backend=self.attention_backend, num_chunks=self.num_chunks)
+            elif self.kernels:
+                run = partial(fused_block, block, impl=self.kernels)
             else:
                 run = partial(block, backend=self.attention_backend)
-            if policy.qkv == KEEP or not torch.is_grad_enabled():
-                x, c = run(x, c, temb)
-            else:
-                # Nothing in a block draws random numbers, so there is no generator state to restore.
-                x, c = checkpoint(run, x, c, temb, use_reentrant=False, preserve_rng_state=False)
+            x, c = saving.run_block(run, policy, index, saved_pass, x, c, temb)
         scale, shift = self.norm_out(temb)
         return self._unpatchify(self.proj_out(modulate(x, shift, scale)), h, w)
 

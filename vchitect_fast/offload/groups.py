@@ -1,0 +1,138 @@
+"""Activation groups: how a block hands its tensors over by name, and how they are saved and put back while it is recomputed.
+
+    with group("qkv"): ...        in the block: the outputs of the heavy ops that run here are the group's tensors
+    Frame(save, restore)          of one block in one forward; `recording()` around its forward, `replaying()` around its
+                                  recomputation: a saved output is put back instead of being computed again
+
+Heavy are matrix products and attention, torch's or ours; attention's log-sum-exp goes to the group `stats`. Everything between
+them (norms, modulation, rotary, GELU, gates, concatenations) is cheap and is always recomputed inside a Frame. A recomputed
+forward that runs other heavy ops than the first is an error. Nothing here moves or counts bytes: `save` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import local
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vchitect_fast.offload.engine import alias_of
+
+GROUPS = ("block_input", "qkv", "branch_out", "mlp_pre", "stats")
+PRODUCTS = {"addmm", "mm", "bmm", "baddbmm", "convolution", "_scaled_mm"}
+ATTENTION = ("scaled_dot_product", "spatial_forward", "temporal_forward", "cross_forward")  # parts of names
+
+_scope = local()
+_HOLE = object()  # where a tensor was
+
+
+@contextmanager
+def group(name: str) -> Iterator[None]:
+    """Outputs of the heavy ops that run inside belong to `name`. Costs nothing where no Frame is at work."""
+    assert name in GROUPS, name
+    before = getattr(_scope, "name", None)
+    _scope.name = name
+    try:
+        yield
+    finally:
+        _scope.name = before
+
+
+def is_heavy(op: Any, name: str) -> bool:
+    """Worth saving instead of computing it again: an attention in `branch_out`, a product in the other groups."""
+    return _is_attention(op) if name == "branch_out" else op._schema.name.rpartition("::")[2] in PRODUCTS
+
+
+class Frame:
+    """The heavy outputs of one block's forward, in order.
+
+    save(group, tensor)  what to hold for it: anything, or None to compute it again; asked for every tensor of a heavy op
+    restore(held)        the tensor of what `save` returned
+    """
+
+    def __init__(self, save: Callable[[str, Tensor], Any], restore: Callable[[Any], Tensor]) -> None:
+        self._save, self._restore = save, restore
+        self._ops: list[tuple[Any, str, tuple[Any, list[Any]] | None]] = []
+
+    def recording(self) -> TorchDispatchMode:
+        """Around the forward."""
+        return _Recording(self)
+
+    def replaying(self) -> TorchDispatchMode:
+        """Around the recomputation; may be entered again (retain_graph)."""
+        return _Replaying(self)
+
+    def clear(self) -> None:
+        """Let go of everything that was saved; replaying is an error from here on."""
+        self._ops.clear()
+
+    def record(self, op: Any, name: str, out: Any) -> None:
+        """Save the outputs of an op that ran. All of them or none: half of them would not spare the op."""
+        tensors = [item for item in _flat(out) if isinstance(item, Tensor) and item.numel()]
+        held = []
+        for tensor in tensors:
+            is_output = (tensor.ndim, tensor.dtype) == (tensors[0].ndim, tensors[0].dtype)  # the log-sum-exp is neither
+            held.append(self._save(name if is_output else "stats", alias_of(tensor)))
+        shell = _mapped(out, iter([_HOLE] * len(tensors)))
+        self._ops.append((op, name, None if any(item is None for item in held) else (shell, held)))
+
+    def replay(self, position: int, op: Any, name: str, compute: Callable[[], Any]) -> Any:
+        """The outputs of the op at `position`, put back or computed again."""
+        if position >= len(self._ops) or self._ops[position][:2] != (op, name):
+            was = f"{self._ops[position][0]} in {self._ops[position][1]}" if position < len(self._ops) else "nothing"
+            raise RuntimeError(
+                f"the recomputed block runs {op} in {name} where its forward ran {was}; a block must run the same ops twice."
+            )
+        saved = self._ops[position][2]
+        if saved is None:
+            return compute()
+        shell, held = saved
+        return _mapped(shell, iter([alias_of(self._restore(item)) for item in held]))
+
+
+class _Recording(TorchDispatchMode):
+    def __init__(self, frame: Frame) -> None:
+        super().__init__()
+        self.frame = frame
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = getattr(_scope, "name", None)
+        if name and is_heavy(func, name):
+            self.frame.record(func, name, out)
+        return out
+
+
+class _Replaying(TorchDispatchMode):
+    def __init__(self, frame: Frame) -> None:
+        super().__init__()
+        self.frame, self.position = frame, 0
+
+    def __enter__(self) -> Any:
+        self.position = 0  # entered again when the graph is retained
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(_scope, "name", None)
+        if not name or not is_heavy(func, name):
+            return func(*args, **(kwargs or {}))
+        self.position += 1
+        return self.frame.replay(self.position - 1, func, name, lambda: func(*args, **(kwargs or {})))
+
+
+def _is_attention(op: Any) -> bool:
+    return any(part in op._schema.name for part in ATTENTION)
+
+
+def _flat(out: Any) -> list[Any]:
+    return [item for part in out for item in _flat(part)] if isinstance(out, tuple | list) else [out]
+
+
+def _mapped(out: Any, values: Iterator[Any]) -> Any:
+    """`out` with its non-empty tensors, or the holes where they were, replaced one after the other; the rest stays."""
+    if isinstance(out, tuple | list):
+        return type(out)([_mapped(item, values) for item in out])
+    return next(values) if out is _HOLE or (isinstance(out, Tensor) and out.numel()) else out

@@ -1,0 +1,137 @@
+"""What a Policy means in bytes, and other spellings of it: pure functions, no torch.
+
+A block of which nothing is recomputed or offloaded keeps whatever autograd saves (Workload.saved_bytes_per_block). Any other
+block saves the five groups, each kept, offloaded or recomputed, and recomputes the cheap work between them. Letters as in
+workload.py. `keep_last` blocks at the end are never offloaded: backward needs them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from fractions import Fraction
+
+from vchitect_fast.errors import UserError, unknown_name
+from vchitect_fast.plan import KEEP, OFFLOAD, RECOMPUTE, Policy
+from vchitect_fast.workload import DTYPE_BYTES, Workload
+
+KEEP_LAST = 1
+WHOLE = "whole"  # all that autograd saves of a block that keeps everything, its input included
+READINGS = ("kept", "recomputed")
+SLOT_BYTES = 256  # a slot of the pool is a multiple of this: device access is coalesced, and little is wasted
+
+
+@dataclass(frozen=True)
+class GroupBytes:
+    """Bytes that one block saves of one group, and what becomes of them."""
+
+    block: int
+    group: str  # an activation group, or WHOLE
+    action: str  # keep | offload | recompute
+    sizes: tuple[int, ...]  # bytes of its storages, each a slot of its own
+
+    @property
+    def num_bytes(self) -> int:
+        """The sum."""
+        return sum(self.sizes)
+
+
+def check_policy(policy: Policy, block: int) -> None:
+    """UserError for a mix that spares nothing: attention's outputs and their log-sum-exp come from one op."""
+    if (policy.branch_out == RECOMPUTE) != (policy.stats == RECOMPUTE):
+        raise UserError(
+            f"block {block}: branch_out and stats come from the same op and must both be recomputed or neither, got "
+            f"branch_out {policy.branch_out} and stats {policy.stats}; set stats like branch_out."
+        )
+
+
+def without_offload(policy: Policy) -> Policy:
+    """The same with every offloaded group kept."""
+    changed = {item.name: KEEP for item in fields(policy) if getattr(policy, item.name) == OFFLOAD}
+    return replace(policy, **changed)
+
+
+def effective(policies: Sequence[Policy], keep_last: int = KEEP_LAST) -> tuple[Policy, ...]:
+    """What is done: the last `keep_last` blocks keep what they were to offload."""
+    first_kept = len(policies) - keep_last
+    return tuple(p if i < first_kept else without_offload(p) for i, p in enumerate(policies))
+
+
+def offloads(policy: Policy) -> bool:
+    """Whether any group is offloaded."""
+    return policy != without_offload(policy)
+
+
+def block_bytes(
+    work: Workload, policy: Policy, block: int, dtype: str, *, device_kind: str = "cpu"
+) -> list[GroupBytes]:
+    """What one block saves by group, for a policy that is already `effective`.
+
+    Exact for the plain block with torch's fused attention (tests/offload/test_policy.py counts the same): in units of
+    [rows, D], the input visual and text, 7 visual and 3 text projections, 3 joint branch outputs, the 4D input of each GELU;
+    the log-sum-exp is fp32. The first block's text is one row set a sample, not a frame: it is expanded over the frames.
+    """
+    config, size = work.config, DTYPE_BYTES[dtype]
+    last, d = block == config.num_layers - 1, config.hidden_dim
+    text_rows = work.batch * work.num_text_tokens if block == 0 else work.text_rows
+    if policy == Policy.keep():
+        statistics = size if device_kind == "cpu" else 4
+        whole = work.saved_bytes_per_block(size, last=last, statistics_bytes=statistics)
+        return [GroupBytes(block, WHOLE, KEEP, (whole - size * d * (work.text_rows - text_rows),))]
+    visual, text, joint = (size * d * rows for rows in (work.visual_rows, work.text_rows, work.rows))
+    found = {
+        "block_input": (visual, size * d * text_rows),
+        "qkv": (visual,) * 7 + (text,) * 3,
+        "branch_out": (joint,) * 3,
+        "mlp_pre": (4 * visual,) if last else (4 * visual, 4 * text),
+        "stats": (4 * config.num_attention_heads * work.rows,) * 3,
+    }
+    return [GroupBytes(block, name, getattr(policy, name), sizes) for name, sizes in found.items()]
+
+
+def step_bytes(
+    work: Workload, policies: Sequence[Policy], dtype: str, *, keep_last: int = KEEP_LAST, device_kind: str = "cpu"
+) -> list[GroupBytes]:
+    """`block_bytes` of every block, the `effective` policies applied."""
+    done = effective(policies, keep_last)
+    return [
+        item
+        for block, policy in enumerate(done)
+        for item in block_bytes(work, policy, block, dtype, device_kind=device_kind)
+    ]
+
+
+def offload_budget_bytes(work: Workload, policies: Sequence[Policy], dtype: str, *, keep_last: int = KEEP_LAST) -> int:
+    """The pool that one forward and backward needs: what is offloaded, each tensor rounded up to whole slots."""
+    moved = [item for item in step_bytes(work, policies, dtype, keep_last=keep_last) if item.action == OFFLOAD]
+    return sum(-(-size // SLOT_BYTES) * SLOT_BYTES for item in moved for size in item.sizes)
+
+
+def spread(num_chosen_of: float | Fraction, num_blocks: int) -> tuple[bool, ...]:
+    """Which blocks a fraction chooses, evenly spread: block i from 1 is chosen when i x fraction passes 1/2, 3/2, 5/2, ..."""
+    ratio, passed, chosen = Fraction(num_chosen_of).limit_denominator(10**6), Fraction(1, 2), []
+    for number in range(1, num_blocks + 1):
+        chosen.append(number * ratio >= passed)
+        passed += chosen[-1]
+    return tuple(chosen)
+
+
+def from_selective_ratio(
+    ratio: float, num_blocks: int, reading: str, *, offload_inputs: bool = False
+) -> tuple[Policy, ...]:
+    """The Policies that LiteGen's `selective_ratio` stands for, in one of its two readings.
+
+    reading         "kept"        the fraction of blocks that are NOT recomputed: LiteGen's code
+                    "recomputed"  the fraction of blocks that are: the table of the paper
+    offload_inputs  the inputs of recomputed blocks are offloaded instead of kept
+    """
+    if reading not in READINGS:
+        raise unknown_name("reading of selective_ratio", reading, READINGS)
+    if not 0 <= ratio <= 1:
+        raise UserError(
+            f"selective_ratio is a fraction from 0 to 1, got {ratio}; give the fraction of blocks {reading}."
+        )
+    chosen = spread(ratio, num_blocks)
+    keeps = chosen if reading == "kept" else tuple(not item for item in chosen)
+    again = replace(Policy.recompute(), block_input=OFFLOAD) if offload_inputs else Policy.recompute()
+    return tuple(Policy.keep() if item else again for item in keeps)
