@@ -94,10 +94,12 @@ def test_thumb_signals_are_what_they_are_called() -> None:
     cells = thumbs[:, :, 78 : 78 + 78].reshape(120, 8, 16, 78, 3).mean((2, 3))  # right half, by rows
     ours = found.layout.reshape(120, 8, 8, 3)[:, :, 4:].mean(2)
     assert np.abs(ours - cells).max() <= 1.0  # rounded to a level twice, rows and columns
-    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST).calc(grey[0], grey[4], None)
+    dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+    dis.setVariationalRefinementIterations(0)
+    flow = dis.calc(grey[0], grey[4], None)
     at = np.flatnonzero(~np.isnan(found.flow))
     assert at.tolist() == list(range(4, 120, 4))  # 29.97 frames a second: every fourth
-    assert found.flow[4] == pytest.approx(pair_score(flow.transpose(2, 0, 1)), rel=1e-5)
+    assert found.flow[4] == pytest.approx(pair_score(np.asarray(flow).transpose(2, 0, 1)), rel=1e-5)
     assert np.isnan(found.cut).all()
 
 
