@@ -5,6 +5,7 @@ Ray is started once for the module. pytest tests/curation/test_engines.py
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -166,6 +167,21 @@ def test_the_server_that_starts_workers_may_be_killed_too() -> None:
     assert sorted(outcome.value for outcome in found if outcome.value is not None) == [0, 1, 2, 4, 5, 7, 8]
 
 
+def test_a_start_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, calls = LocalEngine(1), [EOFError("unexpected EOF"), ConnectionRefusedError(), None]
+    start = multiprocessing.context.ForkServerProcess.start
+
+    def failing(process: Any) -> None:
+        if error := calls.pop(0):
+            raise error
+        start(process)
+
+    monkeypatch.setattr(multiprocessing.context.ForkServerProcess, "start", failing)
+    assert [outcome.value for outcome in engine.run([MadeUpTask(1)])] == [1]
+    engine.close()
+    assert not calls
+
+
 def test_workers_that_cannot_begin_are_said_and_blamed_on_no_task(tmp_path: Path) -> None:
     """A script without the guard of its main module: the workers would run it themselves."""
     (tmp_path / "script.py").write_text(
@@ -176,7 +192,7 @@ def test_workers_that_cannot_begin_are_said_and_blamed_on_no_task(tmp_path: Path
     )
     done = subprocess.run(
         [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])},
     )  # fmt: skip
     assert "an outcome" not in done.stdout
     last = done.stderr.splitlines()[-1]

@@ -185,7 +185,7 @@ def test_hostile_names(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkey
     (videos / "bad").mkdir(parents=True)
     short = first_frames(carphone(), tmp_path / "short.mp4", 36)
     for number, name in enumerate(NAMES):
-        copy(short, videos / name.replace(".ts", ".mp4")[-255:], number)
+        copy(short, videos / name, number)
         (videos / "bad" / name).write_bytes(b"no video")
     latin = os.path.join(os.fsencode(videos), b"caf\xe9.mp4")
     with open(latin, "wb") as file:
@@ -197,7 +197,7 @@ def test_hostile_names(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkey
     captured = capfd.readouterr()
     printed = captured.out + captured.err
     assert all(c.isprintable() or c == "\n" for c in printed), [c for c in printed if not c.isprintable()]
-    assert {Path(row["path"]).name for row in clips(out)} == {name.replace(".ts", ".mp4")[-255:] for name in NAMES}
+    assert {Path(row["path"]).name for row in clips(out)} == {*NAMES}
     bad = {row["path"]: row["reason"] for row in quarantine(out)}
     assert bad.pop(f"{videos}/caf\\udce9.mp4") == "its name is not UTF-8; rename it"
     assert {Path(path).name for path in bad} == set(NAMES)

@@ -102,6 +102,9 @@ def test_another_parameter_computes_that_stage_and_what_reads_it(desk: Desk) -> 
     assert desk.judged() == {"frame": 7, "reader": 7, "signal": 0}
     assert [row["made_up_reader.mean"] for row in clips(desk.out)] == [2 * row["made_up.mean"] for row in before]
     assert desk.run(frame=2.0, signal=2.0) == {"ClipTask": 2}
+    assert len(list((desk.out / "state" / "scores" / "motion").rglob("*.parquet"))) == 1, (
+        "the other stages' scores stay"
+    )
     assert desk.judged() == {"frame": 0, "reader": 0, "signal": 7}
     assert [row["made_up_signal.mean"] for row in clips(desk.out)] == [2 * row["made_up_signal.mean"] for row in before]
     assert desk.run() == {}, "back to what was: it is still there"
