@@ -22,7 +22,7 @@ from vchitect_fast.curation import probe as probing
 from vchitect_fast.curation.frames import BadVideo
 from vchitect_fast.curation.motion_rule import pair_score
 from vchitect_fast.curation.probe import probe
-from vchitect_fast.curation.signals import THUMB, Signals, scan, whole
+from vchitect_fast.curation.signals import THUMB, Signals, _top_mean, scan, whole
 
 GROUPS = {"preset": "ultrafast", "x264-params": "keyint=20:min-keyint=20:scenecut=0:bframes=3:open-gop=1"}
 
@@ -101,6 +101,29 @@ def test_thumb_signals_are_what_they_are_called() -> None:
     assert at.tolist() == list(range(4, 120, 4))  # 29.97 frames a second: every fourth
     assert found.flow[4] == pytest.approx(pair_score(np.asarray(flow).transpose(2, 0, 1)), rel=1e-5)
     assert np.isnan(found.cut).all()
+
+
+@pytest.mark.parametrize("kind", ["random", "constant", "comb", "few"])
+def test_the_mean_of_the_fastest_is_exact_wherever_they_are(kind: str) -> None:
+    values = np.random.default_rng(0).random(3000 if kind != "few" else 7).astype(np.float32)
+    if kind == "constant":
+        values[:] = 2.5
+    elif kind == "comb":  # all that is large lies where the sixteenth is taken from: too few are over its bound
+        values[np.arange(3000) % 16 != 0] = 0
+    top = np.sort(values)[-max(1, int(0.05 * len(values))) :]
+    assert _top_mean(values) == pytest.approx(top.mean(), rel=1e-6)
+
+
+def test_a_picture_that_changes_its_size_starts_anew(tmp_path: Path) -> None:
+    for number, turned in enumerate((False, True)):
+        frames = [np.rot90(f, turned) for f in synthetic.shots()["bikes1"][:30]]
+        plain = synthetic.write(tmp_path / f"{number}.mp4", [np.ascontiguousarray(f) for f in frames])
+        synthetic.ffmpeg("-i", plain, "-c", "copy", "-output_ts_offset", str(1.2 * number), tmp_path / f"{number}.ts")
+    path = tmp_path / "both.ts"
+    path.write_bytes((tmp_path / "0.ts").read_bytes() + (tmp_path / "1.ts").read_bytes())
+    found = signals_of(path)
+    assert len(found) == 60 and found.content[30] == found.luma_change[30] == 0
+    assert np.flatnonzero(~np.isnan(found.flow)).tolist() == [*range(3, 30, 3), *range(33, 60, 3)]
 
 
 def parts_of(
