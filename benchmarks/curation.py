@@ -112,10 +112,10 @@ def videos(folder: Path, text: str) -> dict[str, tuple[Path, float]]:
             continue
         if clip == large:
             coder = ["-vf", "scale=1920:1080", "-c:v", "libx264", "-preset", "veryfast"]
-            subprocess.run([*ffmpeg, "-i", clips / "bigbuckbunny.mp4", *coder, large], check=True)
+            subprocess.run([*ffmpeg, "-i", str(clips / "bigbuckbunny.mp4"), *coder, str(large)], check=True)
         listing, video = folder / "list.txt", folder / f"{len(found)}.mp4"
         listing.write_text(f"file '{clip}'\n" * times)
-        joined = ["-f", "concat", "-safe", "0", "-i", listing, "-map", "0:v", "-c", "copy", video]
+        joined = ["-f", "concat", "-safe", "0", "-i", str(listing), "-map", "0:v", "-c", "copy", str(video)]
         subprocess.run([*ffmpeg, *joined], check=True)
         found[shape] = (video, clip_s * times)
     if not found:

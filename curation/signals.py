@@ -87,7 +87,7 @@ class Signals:
         found = {}
         for f in fields(cls):
             dtype: type = {"time": np.float64, "layout": np.uint8}.get(f.name, np.float32)
-            parts = [np.frombuffer(chunk.buffers()[1], dtype) for chunk in table[f.name].chunks]
+            parts: list[np.ndarray] = [np.frombuffer(chunk.buffers()[1], dtype) for chunk in table[f.name].chunks]
             found[f.name] = np.concatenate(parts)
         return cls(**{**found, "layout": found["layout"].reshape(table.num_rows, LAYOUT * LAYOUT * 3)})
 
