@@ -36,8 +36,8 @@ class Watched(LocalEngine):
 
     peak_bytes = 0
 
-    def run(self, tasks: Any, num_workers: int | None = None) -> Iterator[Outcome]:
-        for outcome in super().run(tasks, num_workers):
+    def run(self, *arguments: Any, **more: Any) -> Iterator[Outcome]:
+        for outcome in super().run(*arguments, **more):
             for worker in self._workers:
                 status = Path(f"/proc/{worker.process.pid}/status").read_text()
                 self.peak_bytes = max(self.peak_bytes, int(status.split("VmHWM:")[1].split()[0]) << 10)
