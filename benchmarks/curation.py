@@ -70,12 +70,16 @@ def commands(video: Path, folder: Path) -> dict[str, list[str]]:
     }  # fmt: skip
 
 
-def spend(command: Sequence[str], allowed: tuple[int, ...] = (0,)) -> Spent:
-    """Run a command to its end, and whatever it leaves behind. UserError with its last words when it fails."""
+def spend(command: Sequence[str], allowed: tuple[int, ...] = (0,), *, orphans: bool = False) -> Spent:
+    """Run a command to its end. UserError with its last words when it fails.
+
+    With `orphans`, whatever it leaves behind (a fork server, its workers) is waited for and its CPU time counts; only for a
+    process that adopts them and has no other children.
+    """
     before, began = _children_s(), time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     wall_s = time.perf_counter() - began
-    while True:  # orphans (a fork server, its workers) come to us: their CPU time counts
+    while orphans:
         try:
             os.waitpid(-1, 0)
         except ChildProcessError:
@@ -129,7 +133,7 @@ def measure(video: Path, rounds: int) -> dict[str, list[Spent]]:
     for number in range(rounds + 1):
         with tempfile.TemporaryDirectory() as name:
             for provider, command in commands(video, Path(name)).items():
-                spent = spend(command, (0, 1) if provider == WHOLE else (0,))  # 1: no clip stayed
+                spent = spend(command, (0, 1) if provider == WHOLE else (0,), orphans=True)  # 1: no clip stayed
                 if number:
                     found.setdefault(provider, []).append(spent)
     return found
