@@ -11,6 +11,7 @@ CLIP: github.com/openai/CLIP, clip.py (_transform). ViCLIP: github.com/OpenGVLab
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vchitect_fast.curation.engines import WORKER
 from vchitect_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -256,13 +258,19 @@ def in_chunks(forward: Callable[[Tensor], Tensor], inputs: Tensor, device: str, 
 
 
 def pick_device(device: str) -> str:
-    """The torch device that "auto" means here (cuda if there is one), or `device` itself; UserError if it is absent."""
+    """The torch device that "auto" means here, or `device` itself; UserError if it is absent.
+
+    "auto" is a GPU if there is one; workers of an engine share the GPUs out by their numbers.
+    """
     try:
         import torch
     except ImportError:
         raise UserError("models need torch; pip install vchitect-fast.") from None
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if not torch.cuda.is_available():
+            return "cpu"
+        mine = int(os.environ.get(WORKER, 0)) % torch.cuda.device_count()
+        return f"cuda:{mine}" if mine else "cuda"
     kind, _, number = device.partition(":")
     if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
         raise UserError(f'a device is "auto", "cpu", "cuda" or "cuda:N", got {device!r}; name one of these.')

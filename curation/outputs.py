@@ -21,7 +21,8 @@ from typing import Any
 
 from vchitect_fast.curation.caption_beside import captions_beside
 from vchitect_fast.curation.duplicates import NAME as DUPLICATE_STAGE
-from vchitect_fast.curation.pipeline import QUARANTINE_COLUMNS, VERSION, Found, digest
+from vchitect_fast.curation.found import QUARANTINE_COLUMNS, Found
+from vchitect_fast.curation.pipeline import VERSION, digest
 from vchitect_fast.curation.progress import Progress
 from vchitect_fast.curation.settings import DUPLICATE, Settings
 from vchitect_fast.curation.stage import ClipSpan, Scores

@@ -16,16 +16,17 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 from vchitect_fast.curation import signals
 from vchitect_fast.curation.duplicates import duplicates
 from vchitect_fast.curation.engines import Engine, Outcome
+from vchitect_fast.curation.found import CLIP_COLUMNS, QUARANTINE_COLUMNS, SOURCE_COLUMNS, Found
 from vchitect_fast.curation.inputs import stamp_of
 from vchitect_fast.curation.probe import Source
 from vchitect_fast.curation.progress import Progress
-from vchitect_fast.curation.settings import DUPLICATE, Settings
+from vchitect_fast.curation.settings import DUPLICATE, Settings, on_gpu
 from vchitect_fast.curation.stage import ClipSpan, Scores, Stage
 from vchitect_fast.curation.store import Store
 from vchitect_fast.curation.tasks import Clips, ClipTask, Judged, JudgeTask, ProbeTask, ScanTask, batches
@@ -34,34 +35,6 @@ VERSION = 1  # of shots and stitching: raised whenever the same signals give oth
 BATCH = 16  # clips a judge task
 BARREN = 2  # batches without a single caption, one after the other, after which the captioner is left alone
 FLUSH_S = 5.0  # results older than this are on disk: what a kill of the driver can lose
-SOURCE_COLUMNS: dict[str, type] = {
-    "path": str, "stamp": str, "video": str, "num_bytes": int, "width": int, "height": int, "fps": float,
-    "num_packets": int, "seconds": float, "codec": str, "pixel_format": str, "chunks": list,
-}  # fmt: skip
-CLIP_COLUMNS: dict[str, type] = {
-    "video": str, "clip": str, "first": int, "last": int, "start": float, "end": float, "num_shots": int, "similarity": float,
-}  # fmt: skip
-QUARANTINE_COLUMNS: dict[str, type] = {
-    "path": str, "video": str, "clip": str, "stage": str, "key": str, "reason": str, "attempts": int,
-}  # fmt: skip
-
-
-@dataclass
-class Found:
-    """All that a curation knows of its videos: what outputs.py writes down."""
-
-    sources: dict[str, Source] = field(default_factory=dict)  # video id -> the first file with these bytes
-    copies: dict[str, list[str]] = field(default_factory=dict)  # video id -> other files with the same bytes
-    clips: dict[str, list[tuple[ClipSpan, int, float | None]]] = field(
-        default_factory=dict
-    )  # video -> span, shots, likeness
-    scores: dict[str, dict[str, Scores]] = field(default_factory=dict)  # clip id -> stage -> scores
-    quarantine: list[dict[str, Any]] = field(default_factory=list)
-
-    def spans(self) -> Iterator[ClipSpan]:
-        """Every clip, video by video."""
-        for clips in self.clips.values():
-            yield from (span for span, _, _ in clips)
 
 
 class Pipeline:
@@ -267,7 +240,13 @@ class Pipeline:
         ]
         barren, left = 0, {span.id: span for span in todo}
         for outcome in self._work(
-            name, tasks, len(todo), measure=lambda task: len(task.spans), unit="clips", num_workers=num_workers
+            name,
+            tasks,
+            len(todo),
+            measure=lambda task: len(task.spans),
+            unit="clips",
+            num_workers=num_workers,
+            gpu=on_gpu(stages),
         ):
             judged = outcome.value or Judged({}, {span.id: outcome.reason or "" for span in outcome.task.spans})
             for stage in stages:
@@ -306,6 +285,7 @@ class Pipeline:
     def _work(
         self, name: str, tasks: Iterable[Any], total: float, rows: list[dict[str, Any]] | None = None, table: str = "",
         columns: dict[str, type] | None = None, *, measure: Any = None, unit: str = "", num_workers: int | None = None,
+        gpu: bool = False,
     ) -> Iterator[Outcome]:  # fmt: skip
         """Outcomes of tasks with a progress bar; `rows` that the caller fills go to `table` every few seconds."""
         self._pending: dict[str, tuple[list[dict[str, Any]], dict[str, type]]] = {}
@@ -314,7 +294,7 @@ class Pipeline:
         flushed = time.monotonic()
         with self._progress.phase(name, total, unit) as advance:
             try:
-                for outcome in self._engine.run(tasks, num_workers):
+                for outcome in self._engine.run(tasks, num_workers, gpu=gpu):
                     yield outcome
                     advance(measure(outcome.task) if measure else 1, outcome.cpu_s)
                     if time.monotonic() - flushed > FLUSH_S:

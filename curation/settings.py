@@ -200,3 +200,13 @@ def _rules(stages: Sequence[Stage], asked: Mapping[str, Any]) -> tuple[Rule, ...
     rules = [Rule.parse(*full.split(".", 1), text) for full, text in texts.items()]  # type: ignore[call-arg]
     order = [stage.name for stage in stages]
     return tuple(sorted(rules, key=lambda rule: order.index(rule.stage)))
+
+
+def on_gpu(stages: Sequence[Stage]) -> bool:
+    """Whether a model of these stages runs on a GPU here."""
+    devices = [stage.device for stage in stages if hasattr(stage, "device")]
+    if not devices:
+        return False
+    from vchitect_fast.curation.clip_model import pick_device
+
+    return any(pick_device(device).startswith("cuda") for device in devices)

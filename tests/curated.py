@@ -12,8 +12,9 @@ from typing import Any
 from real_video import bikes
 
 from vchitect_fast.curation.engines import Engine, Outcome, attempt
+from vchitect_fast.curation.found import Found
 from vchitect_fast.curation.outputs import write_outputs
-from vchitect_fast.curation.pipeline import Found, Pipeline
+from vchitect_fast.curation.pipeline import Pipeline
 from vchitect_fast.curation.progress import Progress
 from vchitect_fast.curation.rules import Rule
 from vchitect_fast.curation.settings import load
@@ -48,7 +49,7 @@ class Here:
     def __init__(self) -> None:
         self.ran: Counter[str] = Counter()
 
-    def run(self, tasks: Iterable[Any], num_workers: int | None = None) -> Iterator[Outcome]:
+    def run(self, tasks: Iterable[Any], num_workers: int | None = None, *, gpu: bool = False) -> Iterator[Outcome]:
         for task in tasks:
             self.ran[type(task).__name__] += 1
             kind, value, cpu_s = attempt(task)

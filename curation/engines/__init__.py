@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+WORKER = "VCHITECT_FAST_WORKER"  # in a worker's environment: its number
 ATTEMPTS = 3  # of a task that fails for no reason of its input
 
 
@@ -41,8 +42,8 @@ class Engine(Protocol):
 
     name: str
 
-    def run(self, tasks: Iterable[Task], num_workers: int | None = None) -> Iterator[Outcome]:
-        """Outcomes as they come; `num_workers` limits how many tasks run at once."""
+    def run(self, tasks: Iterable[Task], num_workers: int | None = None, *, gpu: bool = False) -> Iterator[Outcome]:
+        """Outcomes as they come; `num_workers` limits how many tasks run at once, `gpu` to as many as the GPUs bear."""
 
     def close(self) -> None:
         """Let the workers go."""

@@ -7,6 +7,7 @@ only the task that it had, which is tried again; the driver's own end ends the w
 
 from __future__ import annotations
 
+import glob
 import itertools
 import multiprocessing
 import os
@@ -17,11 +18,12 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from vchitect_fast.curation.engines import ATTEMPTS, Outcome, Task, attempt
+from vchitect_fast.curation.engines import ATTEMPTS, WORKER, Outcome, Task, attempt
 from vchitect_fast.errors import UserError
 
 TASK_LIMIT_S = 3600.0  # a decoder that hangs; a chunk is minutes of video and takes seconds to minutes
 WORKER_BYTES = 3 << 29  # 1.5 GiB: what a worker may need
+WORKERS_A_GPU = 4  # some decode while one computes; each holds its own models
 
 
 def cores() -> int:
@@ -30,6 +32,13 @@ def cores() -> int:
 
     by_memory = int(psutil.virtual_memory().available // WORKER_BYTES)
     return max(1, min(len(os.sched_getaffinity(0)), by_memory))
+
+
+def num_gpus() -> int:
+    """GPUs that this process may use; no torch is loaded to find out."""
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return len([name for name in named.split(",") if name.strip()])
+    return len(glob.glob("/dev/nvidia[0-9]*"))
 
 
 @dataclass
@@ -54,10 +63,13 @@ class LocalEngine:
         )
         self._workers: list[_Worker] = []
         self._num_stillborn = 0  # workers in a row
+        self._num_started = 0
 
-    def run(self, tasks: Iterable[Task], num_workers: int | None = None) -> Iterator[Outcome]:
+    def run(self, tasks: Iterable[Task], num_workers: int | None = None, *, gpu: bool = False) -> Iterator[Outcome]:
         """Outcomes as they come. Tasks are drawn as workers become free, so an iterator of tasks is not held in memory."""
         limit = min(num_workers or self.num_workers, self.num_workers)
+        if gpu and num_gpus():
+            limit = min(limit, WORKERS_A_GPU * num_gpus())
         waiting: deque[tuple[Task, int]] = deque()
         source = iter(tasks)
         while True:
@@ -105,7 +117,8 @@ class LocalEngine:
     def _start(self) -> _Worker:
         for trial in range(ATTEMPTS):
             ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            process = self._context.Process(target=_serve, args=(theirs, self._num_started), daemon=True)
+            self._num_started += 1
             try:
                 process.start()
             except (EOFError, OSError):  # the server that forks was killed; the next try starts another
@@ -174,7 +187,7 @@ def _end_with_driver() -> None:
     os._exit(1)
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, number: int) -> None:
     """The worker's life: say that it has begun, take a task, send its result, until the driver is gone."""
     import signal
     import threading
@@ -183,6 +196,7 @@ def _serve(pipe: Connection) -> None:
     threading.Thread(target=_end_with_driver, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     os.nice(5)  # the machine stays usable
+    os.environ[WORKER] = str(number)  # by which workers share out the GPUs (clip_model.pick_device)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # a process a core
     try:

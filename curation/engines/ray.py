@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from vchitect_fast.curation.engines import ATTEMPTS, Outcome, Task, attempt
+from vchitect_fast.curation.engines.local import WORKERS_A_GPU
 from vchitect_fast.errors import UserError
 
 ROUND = 4096  # tasks of one dataset, so that an iterator of tasks is not held in memory whole
@@ -50,7 +51,7 @@ class RayEngine:
         context.max_errored_blocks = -1  # a task whose worker died leaves its row out; the others go on
         self._ray, self.num_workers = ray, num_workers
 
-    def run(self, tasks: Iterable[Task], num_workers: int | None = None) -> Iterator[Outcome]:
+    def run(self, tasks: Iterable[Task], num_workers: int | None = None, *, gpu: bool = False) -> Iterator[Outcome]:
         """Outcomes as they come."""
         waiting: list[tuple[Task, int]] = []
         source = iter(tasks)
@@ -60,7 +61,7 @@ class RayEngine:
             if not waiting:
                 return
             again: list[tuple[Task, int]] = []
-            for number, (kind, value, cpu_s) in self._round([task for task, _ in waiting], num_workers):
+            for number, (kind, value, cpu_s) in self._round([task for task, _ in waiting], num_workers, gpu):
                 task, tried = waiting[number]
                 if kind == "stillborn":
                     raise UserError(
@@ -81,15 +82,18 @@ class RayEngine:
         if self._started:
             self._ray.shutdown()
 
-    def _round(self, tasks: list[Task], num_workers: int | None) -> Iterator[tuple[int, tuple[str, Any, float]]]:
+    def _round(
+        self, tasks: list[Task], num_workers: int | None, gpu: bool
+    ) -> Iterator[tuple[int, tuple[str, Any, float]]]:
         """Each task once, as a row of its own: (number, result)."""
         limit = num_workers or self.num_workers
         rows = [{"number": k, "task": pickle.dumps(task)} for k, task in enumerate(tasks)]
         dataset = self._ray.data.from_items(rows, override_num_blocks=len(rows))
         compute = self._ray.data.TaskPoolStrategy(size=limit)
         missing = set(range(len(rows)))
+        share = 1 / WORKERS_A_GPU if gpu and self._ray.cluster_resources().get("GPU") else 0
         # No retries of Ray's own: it would start a task for ever that kills its worker.
-        for row in dataset.map(_attempt, num_cpus=1, max_retries=0, compute=compute).iter_rows():
+        for row in dataset.map(_attempt, num_cpus=1, num_gpus=share, max_retries=0, compute=compute).iter_rows():
             missing.discard(row["number"])
             yield row["number"], pickle.loads(row["result"])
         for number in sorted(missing):
