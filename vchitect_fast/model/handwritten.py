@@ -52,6 +52,7 @@ def handwritten_block(
     hand_over  a context to save in: the first saved tensors are of the groups that it is given by name, in that order
     """
     names, parameters = zip(*block.named_parameters(), strict=True)
+    x_BTSD, c_BTND, temb_BD = map(readable, (x_BTSD, c_BTND, temb_BD))  # the patch embedding's rows are columns: one copy
     layout, steps = layout_of(block, x_BTSD, c_BTND, temb_BD, names, policy), steps_of(impl)
     steps.check(x_BTSD, layout.num_heads)
     with hand_over(layout.saved_groups()) if hand_over else nullcontext():

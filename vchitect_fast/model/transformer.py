@@ -23,12 +23,14 @@ from vchitect_fast.errors import UserError, unknown_name
 from vchitect_fast.model import weights
 from vchitect_fast.model.blocks import AdaLN, Block, Branches, modulate
 from vchitect_fast.model.embed import PatchEmbed, TimeTextEmbed
-from vchitect_fast.model.fused import fused_block
+from vchitect_fast.model.handwritten import handwritten_block
 from vchitect_fast.offload.hooks import Saving
 from vchitect_fast.offload.policy import check_policy, effective, offloads
 from vchitect_fast.plan import Policy
 
 ALL_BRANCHES = Branches()
+# Who computes the blocks unless set_kernels says otherwise (its words). Nothing of "triton" was measured on a GPU yet.
+DEFAULT_KERNELS: str | None = None
 SDPA = {"spatial": "sdpa", "temporal": "sdpa", "cross": "sdpa"}
 
 
@@ -54,8 +56,7 @@ class VchitectTransformer(nn.Module):
         self.policy: tuple[Policy, ...] = (Policy.keep(),) * L
         self.saving = Saving()
         self.attention_backend = dict(SDPA)
-        self.kernels: str | None = None
-        self._branches = branches
+        self.kernels = DEFAULT_KERNELS
         self._initialise()
 
     def _initialise(self) -> None:
@@ -85,13 +86,9 @@ class VchitectTransformer(nn.Module):
         self.policy = tuple(policy)
 
     def set_kernels(self, impl: str | None) -> None:
-        """Who computes a block: None = the plain modules of blocks.py, "triton" or "reference" = fused.py on those ops."""
+        """Who computes a block: None = the plain modules of blocks.py, "triton" or "reference" = handwritten.py on those steps."""
         if impl not in (None, "triton", "reference"):
             raise unknown_name("kernels", str(impl), ("triton", "reference"))
-        if impl and self._branches != ALL_BRANCHES:
-            raise UserError(
-                f"the fused block computes all three branches, got {self._branches}; ablate without set_kernels."
-            )
         self.kernels = impl
 
     def forward(
@@ -117,10 +114,11 @@ class VchitectTransformer(nn.Module):
         for index, policy in enumerate(effective(self.policy, saving.keep_last)):
             block = cast(Block, self.transformer_blocks[index])
             if self.kernels:
-                run = partial(fused_block, block, impl=self.kernels)
+                run = partial(handwritten_block, block, impl=self.kernels)
+                x, c = saving.run_grouped(run, policy, index, saved_pass, x, c, temb)
             else:
-                run = partial(block, backend=self.attention_backend)
-            x, c = saving.run_block(run, policy, index, saved_pass, x, c, temb)
+                plain = partial(block, backend=self.attention_backend)
+                x, c = saving.run_block(plain, policy, index, saved_pass, x, c, temb)
         scale, shift = self.norm_out(temb)
         return self._unpatchify(self.proj_out(modulate(x, shift, scale)), h, w)
 

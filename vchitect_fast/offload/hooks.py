@@ -3,6 +3,7 @@
     saving = Saving(Engine(budget_bytes))          or Saving() when nothing is offloaded
     saved_pass = saving.new_pass()                 one forward of a model; several may come before a backward
     x, c = saving.run_block(run, policy, index, saved_pass, x, c, temb)
+    x, c = saving.run_grouped(run, ...)            the same for a block that names and rebuilds its groups itself
     with saving.anonymous("encoder", min_bytes):   every tensor that a module which is not ours saves is moved
 
 Recomputation is torch's non-reentrant checkpoint; nothing in our blocks draws random numbers. Not supported, and refused or
@@ -13,7 +14,7 @@ changed in place. Parameters are never moved. What to do with a block is the Pla
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -30,6 +31,7 @@ from vchitect_fast.offload.policy import KEEP_LAST, WHOLE, check_policy, offload
 from vchitect_fast.plan import KEEP, OFFLOAD, RECOMPUTE, Policy
 
 Run = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+GroupedRun = Callable[..., tuple[Tensor, Tensor | None]]
 DEPTH = 1  # bundles fetched ahead of use
 
 
@@ -82,6 +84,24 @@ class Saving:
             )  # fmt: skip
         block.check_complete()
         return out
+
+    def run_grouped(
+        self, run: GroupedRun, policy: Policy, index: int, saved_pass: Pass | None, x: Tensor, c: Tensor, temb: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """As run_block, for a block whose own backward rebuilds what it did not save: no checkpoint, no second forward.
+
+        run(x, c, temb, policy=, hand_over=) leaves out the groups to recompute, and saves the others inside
+        hand_over(names), which tells what becomes of them; without it they stay with autograd.
+        """
+        if not torch.is_grad_enabled() or (policy == Policy.keep() and not self.count):
+            return run(x, c, temb)
+        check_policy(policy, index)
+        if offloads(policy) and saved_pass is None:
+            raise UserError(f"block {index} is to be offloaded and there is no engine; give Saving an Engine.")
+        if offloads(policy) and torch.compiler.is_compiling():
+            raise UserError(f"block {index} is to be offloaded inside torch.compile; offload outside of it.")
+        hand_over = _Block(self, policy, index, saved_pass).hand_over if offloads(policy) or self.count else None
+        return run(x, c, temb, policy=policy, hand_over=hand_over)
 
     @contextmanager
     def anonymous(self, label: str, min_bytes: int = 2**20) -> Iterator[None]:
@@ -154,6 +174,15 @@ class _Block:
     def unpack_input(self, held: Any) -> Tensor:
         """What pack_input was given."""
         return held if isinstance(held, Tensor) else self.restore(held)
+
+    def hand_over(self, names: Sequence[str]) -> saved_tensors_hooks:
+        """Hooks for a block that saves tensors of these groups in this order, and then what is not to be moved."""
+        left = list(reversed(names))
+
+        def pack(tensor: Tensor) -> Any:
+            return self.save(left.pop(), tensor) if left else tensor
+
+        return saved_tensors_hooks(pack, self.unpack_input)
 
     def save(self, name: str, tensor: Tensor) -> Any:
         """The tensor with its version, a Handle of the engine, or None to compute it again."""
