@@ -36,6 +36,7 @@ HandOver = Callable[[Sequence[str]], AbstractContextManager[Any]]
 KEEP_ALL = Policy.keep()
 
 
+@torch.compiler.disable(reason="the hand-written block launches its kernels itself")
 def handwritten_block(
     block: Block,
     x_BTSD: Tensor,
@@ -52,11 +53,13 @@ def handwritten_block(
     hand_over  a context to save in: the first saved tensors are of the groups that it is given by name, in that order
     """
     names, parameters = zip(*block.named_parameters(), strict=True)
-    x_BTSD, c_BTND, temb_BD = map(readable, (x_BTSD, c_BTND, temb_BD))  # the patch embedding's rows are columns: one copy
+    x_BTSD, c_BTND, temb_BD = map(
+        readable, (x_BTSD, c_BTND, temb_BD)
+    )  # the patch embedding's rows are columns: one copy
     layout, steps = layout_of(block, x_BTSD, c_BTND, temb_BD, names, policy), steps_of(impl)
     steps.check(x_BTSD, layout.num_heads)
     with hand_over(layout.saved_groups()) if hand_over else nullcontext():
-        return _apply(layout, steps, x_BTSD, c_BTND, temb_BD, *parameters)
+        return _HandWritten.apply(layout, steps, x_BTSD, c_BTND, temb_BD, *parameters)
 
 
 class _HandWritten(torch.autograd.Function):
@@ -119,11 +122,6 @@ class _HandWritten(torch.autograd.Function):
         grads |= {name: torch.zeros_like(p[name]) for name in at.names if name.rpartition(".")[0] in at.zero}
         found = (grads[name].to(p[name].dtype) if name in grads else None for name in at.names)
         return None, None, dx.view(x_BTSD.shape), dc.view(c_BTND.shape), dtemb, *found
-
-
-@torch.compiler.disable(reason="the hand-written block launches its kernels itself")
-def _apply(*arguments: Any) -> tuple[Tensor, Tensor | None]:
-    return _HandWritten.apply(*arguments)
 
 
 def _modulation(p: dict[str, Tensor], silu_BD: Tensor) -> Tensors:
