@@ -92,7 +92,8 @@ def temporal_backward(
     add_text: bool,
 ) -> None:  # fmt: skip
     """As spatial_backward."""
-    temporal.launch_backward(*douts, visual, text, rope_scaling_factor, grads, text_grads, add_text=add_text)
+    do, text_do = douts
+    temporal.launch_backward(do, text_do, visual, text, rope_scaling_factor, grads, text_grads, add_text=add_text)
 
 
 def cross_attention(inputs: Tensors, outs: Tensors) -> Tensor:

@@ -77,8 +77,8 @@ class _HandWritten(torch.autograd.Function):
             s, (_, _, gate, shift, scale, gate_mlp) = STREAMS[i], m[i].chunk(6, dim=1)
             y = F.linear(branch[i], *_merged(at, p, s))
             n, _, _ = steps.residual_norm(rows[i], y, gate, shift, scale, NORM_EPS)
-            pre[i] = F.linear(n, p[f"{s.first}.weight"])
-            outs[i] = F.linear(_gelu(steps, p, s, pre[i]), *_linear(p, s.second))
+            pre[i] = hidden = F.linear(n, p[f"{s.first}.weight"])
+            outs[i] = F.linear(_gelu(steps, p, s, hidden), *_linear(p, s.second))
             steps.residual(y, outs[i], gate_mlp)
         groups = {
             "block_input": (x_BTSD, c_BTND),
@@ -104,7 +104,9 @@ class _HandWritten(torch.autograd.Function):
         x_BTSD, c_BTND, *kept, temb_BD = ctx.saved_tensors[: 2 * len(GROUPS) + 1]
         p = dict(zip(at.names, ctx.saved_tensors[2 * len(GROUPS) + 1 :], strict=True))
         rows, m = _rows(x_BTSD, c_BTND), _modulation(p, F.silu(temb_BD))
-        qkv, branch, pre, lse = (tuple(kept[i : i + 2]) for i in range(0, 8, 2))
+        qkv, pre = tuple(kept[:2]), kept[4:6]
+        branch: Optional = kept[2:4]
+        lse: Optional = kept[6:]
         if "qkv" in at.recomputed:
             qkv = _project(steps, at, p, rows, m)
         if {"branch_out", "stats"} & at.recomputed:
@@ -152,10 +154,17 @@ def _normed(steps: Steps, at: Layout, rows: Tensors, m: Tensors, i: int) -> tupl
 
 def _project(steps: Steps, at: Layout, p: dict[str, Tensor], rows: Tensors, m: Tensors) -> Tensors:
     """The merged projections, [B, L, 7 D] of the visual and [B, L, 3 D] of the text rows."""
-    return tuple(
-        F.linear(_normed(steps, at, rows, m, i)[0], *(torch.cat([p[f"attn.{name}.{kind}"] for name in names]) for kind in ("weight", "bias")))
-        for i, names in enumerate(at.projections)
-    )  # fmt: skip
+    normed = (_normed(steps, at, rows, m, i)[0] for i in range(2))
+    linears = ([_side_by_side(p, names, kind) for kind in ("weight", "bias")] for names in at.projections)
+    return tuple(F.linear(n, *linear) for n, linear in zip(normed, linears, strict=True))
+
+
+def _side_by_side(p: dict[str, Tensor], names: tuple[str, ...], kind: str) -> Tensor:
+    """The parameters of a merged projection in one buffer, one launch."""
+    parts = [p[f"attn.{name}.{kind}"] for name in names]
+    buffer = parts[0].new_empty(len(parts), *parts[0].shape)
+    torch._foreach_copy_(list(buffer.unbind()), parts)
+    return buffer.flatten(0, 1)
 
 
 def _project_backward(
@@ -170,8 +179,7 @@ def _project_backward(
         dweights, dbiases = d.T @ n.flatten(0, 1), d.sum(0, dtype=wide(d))
         for name, dweight, dbias in zip(names, dweights.chunk(len(names)), dbiases.chunk(len(names)), strict=True):
             grads[f"attn.{name}.weight"], grads[f"attn.{name}.bias"] = dweight, dbias
-        weight = torch.cat([p[f"attn.{name}.weight"] for name in names])
-        torch.mm(d, weight, out=n.flatten(0, 1))  # n is no longer needed
+        torch.mm(d, _side_by_side(p, names, "weight"), out=n.flatten(0, 1))  # n is no longer needed
         sums = steps.norm_backward(n, rows[i], scale, mean, rstd, dys[i])
         for j, total in zip(_first_norm(at, m, i), sums, strict=False):
             dm[i].unflatten(1, (-1, n.shape[-1]))[:, j] = total
@@ -204,7 +212,7 @@ def _attend_backward(
     visual, text, dvisual, dtext = (
         at.slots(x, len(names)) for pair in (qkv, dqkv) for x, names in zip(pair, at.projections, strict=True)
     )
-    nothing = text[0].new_zeros(text[0].shape[-1]).expand(text[0].shape)  # the last block drops its text rows
+    nothing = torch.zeros_like(text[0][0, 0, 0, 0]).expand(text[0].shape)  # the last block drops its text rows: C zeros
 
     def columns(pair: Optional) -> list[Tensors]:
         """The visual and the text slot of each branch."""

@@ -132,7 +132,8 @@ def spatial_backward(
 ) -> None:  # fmt: skip
     """Write the gradients of q, k, v; those of text are added where `add_text`."""
     do, out = _heads_first(douts[:1], douts[1:])[0], _heads_first(outs[:1], outs[1:])[0]
-    found = _attend_backward(do, *_heads_first(visual, text), (do * out).sum(-1), lse)
+    q, k, v = _heads_first(visual, text)
+    found = _attend_backward(do, q, k, v, (do * out).sum(-1), lse)
     for pair in zip(grads, text_grads, found, strict=True):
         _put(pair[:2], pair[2].transpose(2, 3), add_text=add_text)
 
@@ -169,7 +170,8 @@ def cross_backward(douts: Tensors, inputs: Tensors, outs: Tensors, lse: Tensor, 
     """Write the gradients of the inputs; those of text q, k, v are added where `add_text`."""
     T, J = inputs[0].shape[1], inputs[0].shape[2] + inputs[1].shape[2]
     do, out = (_one_sequence((*pair, *inputs[2:]))[0] for pair in (douts, outs))
-    dq, dk, dv = (x.transpose(1, 2) for x in _attend_backward(do, *_one_sequence(inputs), (do * out).sum(-1), lse))
+    q, k, v = _one_sequence(inputs)
+    dq, dk, dv = (x.transpose(1, 2) for x in _attend_backward(do, q, k, v, (do * out).sum(-1), lse))
     _put(grads[:2], dq.unflatten(1, (T, J)), add_text=add_text)
     for target, value in zip(grads[2:], (dk, dv), strict=True):
         target.add_(value) if add_text else target.copy_(value)
