@@ -122,6 +122,18 @@ def test_an_image_leaves_zero_gradients_and_not_missing_ones(last: bool) -> None
     assert len(temporal) == (8 if last else 10) and all((found[name] == 0).all() for name in temporal)
 
 
+@pytest.mark.parametrize("size", [(1, 4, 64, 33), (2, 8, 16, 9)])
+def test_in_bf16_it_errs_as_the_block_does(size: tuple[int, ...]) -> None:
+    """The gates' gradients come out of weight gradients, which are rounded: that costs no more than rounding the rows."""
+    block, tensors = make_block(torch.bfloat16, num_heads=2), make_inputs(*size, torch.bfloat16, 128)
+    double = make_block(torch.float64, num_heads=2)
+    double.load_state_dict({name: value.double() for name, value in block.state_dict().items()})
+    exact = values(double, [x.detach().double().requires_grad_() for x in tensors], plain)
+    found, low = values(block, tensors, reference), values(block, tensors, plain)
+    for name, value in exact.items():
+        assert_close_to_exact(found[name], value, low[name], reduced=4 * 128, name=name)
+
+
 def test_samples_do_not_mix() -> None:
     block, (x, c, temb) = make_block(torch.float64), make_inputs(3, 2, 3, 4, torch.float64)
     together = values(block, [x, c, temb], reference)

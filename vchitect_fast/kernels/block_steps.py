@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from vchitect_fast.errors import UserError
-from vchitect_fast.kernels import _check, adaln, bias_gelu, cross, gated_residual, spatial, temporal, tiles
+from vchitect_fast.kernels import (
+    _check,
+    adaln,
+    bias_gelu,
+    cross,
+    gated_residual,
+    gated_weight,
+    spatial,
+    temporal,
+    tiles,
+)
 
 OP = "hand-written block"
 Tensors = tuple[Tensor, ...]
@@ -57,6 +67,13 @@ def residual_norm(
 def residual(x_BLD: Tensor, branch_BLD: Tensor, gate_BD: Tensor) -> None:
     """branch becomes x + gate branch."""
     gated_residual.forward_into(x_BLD, branch_BLD, gate_BD, branch_BLD, None)
+
+
+def gate_weights(
+    product_DK: Tensor, weight_DK: Tensor, gate_D: Tensor, gated_DK: Tensor, dweight_DK: Tensor, dgate_D: Tensor, add: bool
+) -> None:  # fmt: skip
+    """gated = gate W; dweight = gate product, added where `add`; dgate = rowsum(W product)."""
+    gated_weight.launch(product_DK, weight_DK, gate_D, gated_DK, dweight_DK, dgate_D, add)
 
 
 def gelu(pre_RK: Tensor, bias_K: Tensor) -> Tensor:

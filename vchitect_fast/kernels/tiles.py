@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# ---- elementwise over [rows, columns] with column sums: bias_gelu ----------------------------------------------------
+# ---- elementwise over [rows, columns] with column sums: bias_gelu, gated_weight --------------------------------------
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,9 @@ class SheetTile:
 # Not measured. 16 fp32 values a thread; one fp32 partial row for 64 rows.
 BIAS_GELU_FORWARD = SheetTile(block_rows=4, block_columns=512, num_blocks=1, num_warps=4)
 BIAS_GELU_BACKWARD = SheetTile(block_rows=4, block_columns=512, num_blocks=16, num_warps=4)
+
+# One row of a weight a program, in pieces of block_columns; not measured. 8 values of a thread are a 16-byte load.
+GATED_WEIGHT = SheetTile(block_rows=1, block_columns=1024, num_blocks=1, num_warps=4)
 
 # ---- whole rows in one tile: adaln, gated_residual -------------------------------------------------------------------
 

@@ -252,7 +252,7 @@ def _stream_backward(
     pre = F.linear(n, first) if pre is None else pre
     h = _gelu(steps, p, s, pre)
     dweight, dbias, dgate_mlp = _gated_backward(
-        dout, h, gate_mlp, _linear(p, s.second), dout.sum(1, dtype=wide(dout)), h
+        steps, dout, h, gate_mlp, _linear(p, s.second), dout.sum(1, dtype=wide(dout)), h
     )
     grads[f"{s.second}.weight"], grads[f"{s.second}.bias"] = dweight, dbias
     flat = h.flatten(0, 1)
@@ -261,7 +261,7 @@ def _stream_backward(
     torch.mm(flat, first, out=n.flatten(0, 1))  # dn over n
     dshift, dscale, total = steps.norm_backward(n, y, scale, mean, rstd, dout)  # n is dy from here on
     dbranch = torch.empty_like(branch)
-    dmerged, dbias, dgate = _gated_backward(n, branch, gate, merged, total, dbranch)
+    dmerged, dbias, dgate = _gated_backward(steps, n, branch, gate, merged, total, dbranch)
     _merged_backward(at, p, s, dmerged, dbias, grads)
     for j, value in enumerate((dgate, dshift, dscale, dgate_mlp)):
         dm.unflatten(1, (6, -1))[:, 2 + j] = value
@@ -269,20 +269,26 @@ def _stream_backward(
 
 
 def _gated_backward(
-    d_BLD: Tensor, x_BLK: Tensor, gate_BD: Tensor, linear: tuple[Tensor, Tensor], total_BD: Tensor, dx_BLK: Tensor
+    steps: Steps,
+    d_BLD: Tensor,
+    x_BLK: Tensor,
+    gate_BD: Tensor,
+    linear: tuple[Tensor, Tensor],
+    total_BD: Tensor,
+    dx_BLK: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of gate (x W^T + b), given d and its sum over rows: writes dx, which may be x; dW, db, dgate in the wide dtype."""
-    (weight, bias), dtype = linear, total_BD.dtype
-    dgate = torch.empty_like(total_BD)
+    """Of gate (x W^T + b), given d and its sum over rows: writes dx, which may be x; returns dW, db, dgate."""
+    weight, bias = linear
+    gated, dgate = torch.empty_like(weight), torch.empty_like(total_BD)
     dweight: Tensor | None = None
     for b in range(d_BLD.shape[0]):
-        G = d_BLD[b].T @ x_BLK[b]
-        factor = gate_BD[b, :, None].to(dtype)
-        torch.sum(G * weight.to(dtype), 1, out=dgate[b])
-        dweight = factor * G if dweight is None else dweight.addcmul_(factor, G.to(dtype))
-        torch.mm(d_BLD[b], (factor * weight).to(weight.dtype), out=dx_BLK[b])
+        product = d_BLD[b].T @ x_BLK[b]
+        if dweight is None:  # of several samples the sum is wide
+            dweight = product if len(d_BLD) == 1 else torch.empty_like(product, dtype=total_BD.dtype)
+        steps.gate_weights(product, weight, gate_BD[b], gated, dweight, dgate[b], b > 0)
+        torch.mm(d_BLD[b], gated, out=dx_BLK[b])
     assert dweight is not None
-    return dweight, (gate_BD * total_BD).sum(0), dgate.addcmul_(total_BD, bias.to(dtype))
+    return dweight, (gate_BD * total_BD).sum(0), dgate.addcmul_(total_BD, bias.to(total_BD.dtype))
 
 
 def _merged(at: Layout, p: dict[str, Tensor], s: Stream) -> tuple[Tensor, Tensor]:
@@ -307,21 +313,18 @@ def _merged_backward(
 ) -> None:
     """To the released parameters; to_out_context serves both streams, the second adds."""
     (Wo, _), (Wc, bc) = _linear(p, s.out), _linear(p, CONTEXT)
-    dWo = None
-    for name, part in zip(at.branches, dmerged.split(Wo.shape[0], dim=1), strict=True):
-        if name == "temporal":
-            grads[f"{s.out_temporal}.weight"], grads[f"{s.out_temporal}.bias"] = part, dbias
-            continue
-        if name == "spatial":
-            term = SPATIAL_WEIGHT * part
-        else:
-            part = part.to(Wo.dtype)
-            term = torch.outer(dbias, bc.to(dbias.dtype)) + part @ Wc.T
-            for kind, value in (("weight", Wo.T @ part), ("bias", Wo.T.to(dbias.dtype) @ dbias)):
-                grads[f"{CONTEXT}.{kind}"] = grads.get(f"{CONTEXT}.{kind}", 0) + value
-        dWo = term if dWo is None else dWo + term
-    grads[f"{s.out}.weight"] = torch.zeros_like(Wo) if dWo is None else dWo
-    grads[f"{s.out}.bias"] = dbias
+    parts = dict(zip(at.branches, dmerged.split(Wo.shape[0], dim=1), strict=True))
+    dWo = torch.zeros_like(Wo)  # and stays 0 without spatial and cross
+    if "cross" in parts:
+        part = parts["cross"].to(Wo.dtype)
+        dWo = torch.outer(dbias, bc.to(dbias.dtype)) + part @ Wc.T
+        for name, value in ((f"{CONTEXT}.weight", Wo.T @ part), (f"{CONTEXT}.bias", Wo.T.to(dbias.dtype) @ dbias)):
+            grads[name] = grads[name] + value if name in grads else value
+    if "spatial" in parts:
+        dWo = torch.add(dWo, parts["spatial"], alpha=SPATIAL_WEIGHT)
+    if "temporal" in parts:
+        grads[f"{s.out_temporal}.weight"], grads[f"{s.out_temporal}.bias"] = parts["temporal"], dbias
+    grads[f"{s.out}.weight"], grads[f"{s.out}.bias"] = dWo, dbias
 
 
 def _gelu(steps: Steps, p: dict[str, Tensor], s: Stream, pre_BLK: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ class Steps:
     norm_backward: Callable[..., Tensor]
     residual_norm: Callable[..., Tensors]
     residual: Callable[..., None]
+    gate_weights: Callable[..., None]
     gelu: Callable[..., Tensor]
     gelu_backward: Callable[..., Tensor]
     spatial_attention: Callable[..., Tensor]
@@ -102,6 +103,16 @@ def residual_norm(
 def residual(x_BLD: Tensor, branch_BLD: Tensor, gate_BD: Tensor) -> None:
     """branch becomes x + gate branch."""
     branch_BLD.mul_(gate_BD[:, None]).add_(x_BLD)
+
+
+def gate_weights(
+    product_DK: Tensor, weight_DK: Tensor, gate_D: Tensor, gated_DK: Tensor, dweight_DK: Tensor, dgate_D: Tensor, add: bool
+) -> None:  # fmt: skip
+    """gated = gate W; dweight = gate product, added where `add`; dgate = rowsum(W product)."""
+    product, gate = product_DK.to(dgate_D.dtype), gate_D[:, None].to(dgate_D.dtype)
+    torch.sum(product * weight_DK, 1, out=dgate_D)
+    gated_DK.copy_(gate * weight_DK)
+    dweight_DK.add_(gate * product) if add else dweight_DK.copy_(gate * product)
 
 
 def gelu(pre_RK: Tensor, bias_K: Tensor) -> Tensor:
