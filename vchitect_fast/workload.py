@@ -90,19 +90,19 @@ class Workload:
     ) -> dict[str, int]:
         """Bytes that one block of model/handwritten.py saves for backward, by activation group, all branches on.
 
-        In units of [rows, D]: its input; 7 visual and 3 text projections; 3 branch outputs; the 4D input of GELU; of the
-        spatial and the cross branch an fp32 log-sum-exp a row and head (fp64 in fp64). The last block keeps no text behind
-        its projections. `first`: its text is one row set a sample, expanded over the frames. An image has no temporal
-        branch. `recomputed` groups are left out. tests/kernels/test_handwritten_saved.py counts the same.
+        In units of [rows, D]: its input; 7 visual and 3 text projections; the outputs of the spatial and the cross branch, and
+        the residual behind them (temporal is made again); the 4D input of GELU; of the spatial and the cross branch an fp32
+        log-sum-exp a row and head (fp64 in fp64). The last block keeps no text behind its projections. `first`: its text is
+        one row set a sample, expanded over the frames. An image has no temporal branch. `recomputed` groups are left out. tests/kernels/test_handwritten_saved.py counts the same.
         """
         config, row = self.config, element_bytes * self.config.hidden_dim
         joint = self.visual_rows if last else self.rows
-        num_visual, num_branches = (4, 2) if self.shape.num_frames == 1 else (7, 3)
+        num_visual = 4 if self.shape.num_frames == 1 else 7
         text_input = self.batch * self.num_text_tokens if first else self.text_rows
         found = {
             "block_input": row * (self.visual_rows + text_input),
             "qkv": row * (num_visual * self.visual_rows + 3 * self.text_rows),
-            "branch_out": row * num_branches * joint,
+            "branch_out": row * 3 * joint,
             "mlp_pre": row * 4 * joint,
             "stats": max(4, element_bytes) * 2 * config.num_attention_heads * self.rows,
         }

@@ -56,11 +56,11 @@ def norm_backward(
 
 
 def residual_norm(
-    x_BLD: Tensor, branch_BLD: Tensor, gate_BD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float
+    x_BLD: Tensor, branch_BLD: Tensor, gate_BD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float, y_BLD: Tensor
 ) -> Tensors:
-    """branch becomes y = x + gate branch; returns norm(y)."""
+    """Write y = x + gate branch; returns norm(y)."""
     n, mean, rstd = _rows_and_statistics(x_BLD)
-    gated_residual.forward_into(x_BLD, branch_BLD, gate_BD, branch_BLD, (shift_BD, scale_BD, eps, n, mean, rstd))
+    gated_residual.forward_into(x_BLD, branch_BLD, gate_BD, y_BLD, (shift_BD, scale_BD, eps, n, mean, rstd))
     return n, mean, rstd
 
 

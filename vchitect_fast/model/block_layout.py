@@ -1,7 +1,8 @@
 """Where the hand-written block's tensors lie: columns of merged buffers by branch, parameters by stream, saved tensors by group.
 
     layout = layout_of(block, x, c, temb, policy)     checked: shapes, dtypes, a branch at all; UserError says what came instead
-Merged projections: a column slot of D for each name of `visual` (up to 7) and of TEXT; branch_out: one for each of `branches`.
+Merged projections: a column slot of D for each name of `visual` (up to 7) and of TEXT. Branch outputs: a slot for spatial, for
+cross, and a last one that temporal's output and then y = x + gate (their sum) lie in: y is saved and temporal made again.
 An image (T = 1) multiplies the temporal term by 0: it is left out of every buffer and its parameters get zero gradients.
 No arithmetic on tensors here, and nothing is copied: views.
 
@@ -77,6 +78,11 @@ class Layout:
     def visual(self) -> tuple[str, ...]:
         """Visual projections in the order of their columns."""
         return tuple(name for branch in self.branches for name in BRANCHES[branch])
+
+    @property
+    def num_outputs(self) -> int:
+        """Column slots of the branch outputs: temporal, which is the last of `branches`, shares its slot with y."""
+        return len([name for name in self.branches if name != "temporal"]) + 1
 
     @property
     def projections(self) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -74,9 +74,8 @@ class _HandWritten(torch.autograd.Function):
         outs: list[Tensor | None] = [None, None]
         pre: list[Tensor | None] = [None, None]
         for i in at.streams:
-            s, (_, _, gate, shift, scale, gate_mlp) = STREAMS[i], m[i].chunk(6, dim=1)
-            y = F.linear(branch[i], *_merged(at, p, s))
-            n, _, _ = steps.residual_norm(rows[i], y, gate, shift, scale, NORM_EPS)
+            s, gate_mlp = STREAMS[i], m[i].chunk(6, dim=1)[5]
+            n, y = _summed(steps, at, p, i, rows[i], branch[i], m[i])
             pre[i] = hidden = F.linear(n, p[f"{s.first}.weight"])
             outs[i] = F.linear(_gelu(steps, p, s, hidden), *_linear(p, s.second))
             steps.residual(y, outs[i], gate_mlp)
@@ -111,13 +110,18 @@ class _HandWritten(torch.autograd.Function):
             qkv = _project(steps, at, p, rows, m)
         if {"branch_out", "stats"} & at.recomputed:
             branch, lse = _attend(steps, at, qkv)
+            for i in at.streams:
+                _summed(steps, at, p, i, rows[i], branch[i], m[i])
+        temporal = _temporal(steps, at, qkv)
         grads: dict[str, Tensor] = {}
         dm = [torch.empty_like(one) for one in m]
         dys: list[Tensor | None] = [None, None]
         dbranch: list[Tensor | None] = [None, None]
         for i in at.streams:
             (dout,) = _rows(douts[i])
-            dys[i], dbranch[i] = _stream_backward(steps, at, p, i, rows[i], branch[i], pre[i], dout, m[i], dm[i], grads)
+            outputs = [branch[i], *temporal[i : i + 1]]
+            dys[i], dbranch[i] = _stream_backward(steps, at, p, i, outputs, pre[i], dout, m[i], dm[i], grads)
+        del temporal
         dqkv = _attend_backward(steps, at, qkv, branch, lse, dbranch)
         dx, dc = _project_backward(steps, at, p, rows, m, dqkv, dys, dm, grads)
         dtemb = _modulation_backward(p, temb_BD, dm, grads)
@@ -190,10 +194,10 @@ def _project_backward(
 def _attend(steps: Steps, at: Layout, qkv: Tensors) -> tuple[Tensors, Optional]:
     """The branches side by side, [B, L, 3 D] of the visual and of the text rows, and the statistics of spatial and cross."""
     visual, text = (at.slots(x, len(names)) for x, names in zip(qkv, at.projections, strict=True))
-    columns = len(at.branches) * qkv[0].shape[-1] // len(at.visual)
+    columns = at.num_outputs * qkv[0].shape[-1] // len(at.visual)
     branch = tuple(x.new_empty(*x.shape[:2], columns) for x in qkv)
     lse: dict[str, Tensor | None] = {"spatial": None, "cross": None}
-    for name, *out in zip(at.branches, *(at.slots(x, len(at.branches)) for x in branch), strict=True):
+    for name, *out in zip(at.branches, *(at.slots(x, at.num_outputs) for x in branch), strict=False):
         own = at.of(name, visual)
         if name == "spatial":
             lse[name] = steps.spatial_attention(own, text, out)
@@ -202,6 +206,30 @@ def _attend(steps: Steps, at: Layout, qkv: Tensors) -> tuple[Tensors, Optional]:
         else:
             steps.temporal_attention(own, text, at.rope_scaling_factor, out)
     return branch, (lse["spatial"], lse["cross"])
+
+
+def _temporal(steps: Steps, at: Layout, qkv: Tensors) -> list[Tensor]:
+    """The temporal branch once more, [B, L, D] of the visual and of the text rows; nothing where it is not computed."""
+    if "temporal" not in at.branches:
+        return []
+    visual, text = (at.slots(x, len(names)) for x, names in zip(qkv, at.projections, strict=True))
+    made = [x.new_empty(*x.shape[:2], x.shape[2] // len(names)) for x, names in zip(qkv, at.projections, strict=True)]
+    out = [at.slots(x, 1)[0] for x in made]
+    steps.temporal_attention(at.of("temporal", visual), text, at.rope_scaling_factor, out)
+    return made
+
+
+def _summed(
+    steps: Steps, at: Layout, p: dict[str, Tensor], i: int, x: Tensor, branch: Tensor, m: Tensor
+) -> tuple[Tensor, Tensor]:
+    """norm(y) and y = x + gate branch_sum, which takes the last slot of the branch outputs."""
+    _, _, gate, shift, scale, _ = m.chunk(6, dim=1)
+    weight, bias = _merged(at, p, STREAMS[i])
+    D, K = weight.shape
+    total = torch.addmm(bias, branch.flatten(0, 1)[:, :K], weight.T).view(x.shape)
+    y = branch[..., -D:]
+    n, _, _ = steps.residual_norm(x, total, gate, shift, scale, NORM_EPS, y)
+    return n, y
 
 
 def _attend_backward(
@@ -214,12 +242,12 @@ def _attend_backward(
     )
     nothing = torch.zeros_like(text[0][0, 0, 0, 0]).expand(text[0].shape)  # the last block drops its text rows: C zeros
 
-    def columns(pair: Optional) -> list[Tensors]:
-        """The visual and the text slot of each branch."""
-        num = len(at.branches)
+    def columns(pair: Optional, num: int) -> list[Tensors]:
+        """The visual and the text part of each slot."""
         return list(zip(*((nothing,) * num if x is None else at.slots(x, num) for x in pair), strict=True))
 
-    outs, douts = columns((branch[0], None if at.last else branch[1])), columns(dbranch)
+    outs = columns((branch[0], None if at.last else branch[1]), at.num_outputs)
+    douts = columns(dbranch, len(at.branches))
     for k, name in enumerate(at.branches):
         own, down, add = at.of(name, visual), at.of(name, dvisual), k > 0
         if name == "spatial":
@@ -240,28 +268,39 @@ def _first_keys(own: Tensors, text: Tensors) -> Tensors:
 
 
 def _stream_backward(
-    steps: Steps, at: Layout, p: dict[str, Tensor], i: int, x: Tensor, branch: Tensor, pre: Tensor | None, dout: Tensor,
-    m: Tensor, dm: Tensor, grads: dict[str, Tensor],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Through MLP, second norm, gate and branch sum: the gradients of y and of the branches."""
+    steps: Steps,
+    at: Layout,
+    p: dict[str, Tensor],
+    i: int,
+    outputs: list[Tensor],
+    pre: Tensor | None,
+    dout: Tensor,
+    m: Tensor,
+    dm: Tensor,
+    grads: dict[str, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Through MLP, second norm, gate and branch sum: the gradients of y and of the branches.
+
+    outputs   what was saved of the branches, y in the last slot, and the temporal branch
+    """
     s, (_, _, gate, shift, scale, gate_mlp) = STREAMS[i], m.chunk(6, dim=1)
-    merged = _merged(at, p, s)
-    y = F.linear(branch, *merged)
-    n, mean, rstd = steps.residual_norm(x, y, gate, shift, scale, NORM_EPS)
+    D = m.shape[1] // 6
+    outputs[0], y = outputs[0][..., :-D], outputs[0][..., -D:]
+    n, mean, rstd = steps.norm(y, shift, scale, NORM_EPS)
     first = p[f"{s.first}.weight"]
     pre = F.linear(n, first) if pre is None else pre
     h = _gelu(steps, p, s, pre)
-    dweight, dbias, dgate_mlp = _gated_backward(
-        steps, dout, h, gate_mlp, _linear(p, s.second), dout.sum(1, dtype=wide(dout)), h
-    )
+    total = dout.sum(1, dtype=wide(dout))
+    dweight, dbias, dgate_mlp = _gated_backward(steps, dout, [h], gate_mlp, _linear(p, s.second), total, h)
     grads[f"{s.second}.weight"], grads[f"{s.second}.bias"] = dweight, dbias
     flat = h.flatten(0, 1)
     grads[f"{s.first}.bias"] = steps.gelu_backward(flat, pre.flatten(0, 1), p[f"{s.first}.bias"])
     grads[f"{s.first}.weight"] = flat.T @ n.flatten(0, 1)
     torch.mm(flat, first, out=n.flatten(0, 1))  # dn over n
     dshift, dscale, total = steps.norm_backward(n, y, scale, mean, rstd, dout)  # n is dy from here on
-    dbranch = torch.empty_like(branch)
-    dmerged, dbias, dgate = _gated_backward(steps, n, branch, gate, merged, total, dbranch)
+    merged = _merged(at, p, s)
+    dbranch = n.new_empty(*n.shape[:2], merged[0].shape[1])
+    dmerged, dbias, dgate = _gated_backward(steps, n, outputs, gate, merged, total, dbranch)
     _merged_backward(at, p, s, dmerged, dbias, grads)
     for j, value in enumerate((dgate, dshift, dscale, dgate_mlp)):
         dm.unflatten(1, (6, -1))[:, 2 + j] = value
@@ -271,18 +310,23 @@ def _stream_backward(
 def _gated_backward(
     steps: Steps,
     d_BLD: Tensor,
-    x_BLK: Tensor,
+    x_BLK: Sequence[Tensor],
     gate_BD: Tensor,
     linear: tuple[Tensor, Tensor],
     total_BD: Tensor,
     dx_BLK: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of gate (x W^T + b), given d and its sum over rows: writes dx, which may be x; returns dW, db, dgate."""
+    """Of gate (x W^T + b), given d and its sum over rows: writes dx, which may be x; returns dW, db, dgate.
+
+    x in parts whose columns follow each other.
+    """
     weight, bias = linear
     gated, dgate = torch.empty_like(weight), torch.empty_like(total_BD)
     dweight: Tensor | None = None
     for b in range(d_BLD.shape[0]):
-        product = d_BLD[b].T @ x_BLK[b]
+        product = torch.empty_like(weight)
+        for x, part in zip(x_BLK, product.split([x.shape[-1] for x in x_BLK], dim=1), strict=True):
+            torch.mm(d_BLD[b].T, x[b], out=part)
         if dweight is None:  # of several samples the sum is wide
             dweight = product if len(d_BLD) == 1 else torch.empty_like(product, dtype=total_BD.dtype)
         steps.gate_weights(product, weight, gate_BD[b], gated, dweight, dgate[b], b > 0)
@@ -314,8 +358,9 @@ def _merged_backward(
     """To the released parameters; to_out_context serves both streams, the second adds."""
     (Wo, _), (Wc, bc) = _linear(p, s.out), _linear(p, CONTEXT)
     parts = dict(zip(at.branches, dmerged.split(Wo.shape[0], dim=1), strict=True))
-    dWo = torch.zeros_like(Wo)  # and stays 0 without spatial and cross
-    if "cross" in parts:
+    if "cross" not in parts:
+        dWo = torch.zeros_like(Wo)
+    else:
         part = parts["cross"].to(Wo.dtype)
         dWo = torch.outer(dbias, bc.to(dbias.dtype)) + part @ Wc.T
         for name, value in ((f"{CONTEXT}.weight", Wo.T @ part), (f"{CONTEXT}.bias", Wo.T.to(dbias.dtype) @ dbias)):

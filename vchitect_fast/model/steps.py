@@ -93,11 +93,11 @@ def norm_backward(
 
 
 def residual_norm(
-    x_BLD: Tensor, branch_BLD: Tensor, gate_BD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float
+    x_BLD: Tensor, branch_BLD: Tensor, gate_BD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float, y_BLD: Tensor
 ) -> Tensors:
-    """branch becomes y = x + gate branch; returns norm(y)."""
-    residual(x_BLD, branch_BLD, gate_BD)
-    return norm(branch_BLD, shift_BD, scale_BD, eps)
+    """Write y = x + gate branch; returns norm(y)."""
+    y_BLD.copy_(x_BLD + gate_BD[:, None] * branch_BLD)
+    return norm(y_BLD, shift_BD, scale_BD, eps)
 
 
 def residual(x_BLD: Tensor, branch_BLD: Tensor, gate_BD: Tensor) -> None:
