@@ -1,14 +1,14 @@
 """A block as one hand-written forward and backward, which write in place into shared buffers: blocks.py defines the answer.
 
-    qkv [rows, 7D and 3D] -> three attentions -> branch_out [rows, 3D] -> y = x + gate branch_sum -> mlp_pre [rows, 4D] -> out
-Saved by group: block_input, qkv, branch_out, mlp_pre and stats (the log-sum-exp of two attentions); made again in backward: the
-normed rows, y, GELU's output. The Policy takes groups away (`recomputed`, `hand_over`); backward rebuilds what is missing.
-A gated product gate (x W^T + b) is neither saved nor made again: G = d^T x of each sample gives dW = gate G and
-dgate = rowsum(W G) + b sum(d), and its input gradient is d (gate W). So no gated rows are written either.
-Visual and text rows are never joined; the attentions' gradients go straight into the [rows, 7D] and [rows, 3D] buffers. Text
-q, k, v serve three branches: the first writes their gradients, the next add, in the order of BRANCHES. No fill, no strided
-copy, no add of rows; weights of one buffer are laid side by side (7 D^2). What a step computes: steps.py, in plain torch or on the kernels.
-Refused: second derivatives, autocast, mixed dtypes, no branch at all; torch.compile runs it as it is, outside its graph.
+    qkv [rows, 7D and 3D] -> three attentions [rows, 3D] -> y = x + gate branch_sum -> mlp_pre [rows, 4D] -> out = y + gate ...
+Saved by group: block_input; qkv; branch_out (spatial, cross, and y in the slot where temporal was); mlp_pre; stats (log-sum-exp of
+two attentions). Made again in backward: the normed rows, GELU's output, the temporal branch (no products worth counting; y
+would take a product of K = 3D). What the Policy recomputes or moves (`recomputed`, `hand_over`) is rebuilt or restored first.
+A gated product gate (x W^T + b) is neither saved nor made again, and no gated rows are written: kernels/gated_weight.py.
+Visual and text rows are never joined; the attentions' gradients go straight into buffers like qkv. Text q, k, v serve three
+branches: spatial writes their gradients, cross (k, v of the first frame alone) and then temporal add, always in this order.
+Refused: second derivatives, autocast, mixed dtypes, no branch at all; torch.compile runs it as it is, outside its graph. No
+speed was measured. The steps, in plain torch or on the kernels: steps.py; where things lie: block_layout.py.
 
 Letters: B batch, T frames, S visual tokens a frame, N text tokens, L rows of one sample, D hidden, H heads, C head dim, K columns.
 """
@@ -53,9 +53,8 @@ def handwritten_block(
     hand_over  a context to save in: the first saved tensors are of the groups that it is given by name, in that order
     """
     names, parameters = zip(*block.named_parameters(), strict=True)
-    x_BTSD, c_BTND, temb_BD = map(
-        readable, (x_BTSD, c_BTND, temb_BD)
-    )  # the patch embedding's rows are columns: one copy
+    # One copy where rows lie as columns: those of the patch embedding.
+    x_BTSD, c_BTND, temb_BD = map(readable, (x_BTSD, c_BTND, temb_BD))
     layout, steps = layout_of(block, x_BTSD, c_BTND, temb_BD, names, policy), steps_of(impl)
     steps.check(x_BTSD, layout.num_heads)
     with hand_over(layout.saved_groups()) if hand_over else nullcontext():
