@@ -17,6 +17,8 @@ from block_cases import Run, make_block, make_inputs
 from torch import Tensor
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from vchitect_fast.model import handwritten
 from vchitect_fast.model.fused import fused_block
@@ -32,6 +34,7 @@ GLUE = {
     *("aten::slice_backward", "aten::select_backward", "aten::split_backward", "aten::cat_backward"),
     *("aten::index_put_", "aten::index_add_", "aten::constant_pad_nd", "aten::repeat"),
 }
+SILENT = {"empty", "empty_like", "new_empty", "detach", "_unsafe_view", "t", "split", "unbind"}
 STEP = "step "
 OWN = (STEP, "aten::addmm", "aten::mm")
 
@@ -140,6 +143,52 @@ def test_vectors_and_weights_are_not_rows(reference_steps: Run) -> None:
     events = trace(reference_steps, torch.float32, "cpu", False)
     allowed = {event.name for event in events if event.name in GLUE and not inside(event)}
     assert {"aten::copy_", "aten::add"} <= allowed
+
+
+class OverRows(TorchDispatchMode):
+    """Counts every op but views and allocations that reads or writes rows; what an op of ours calls is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [item for item in tree_leaves((args, kwargs, out)) if isinstance(item, Tensor)]
+        namespace, _, name = func._schema.name.partition("::")
+        if not func.is_view and name not in SILENT and any(set(item.shape) & ROW_SIZES for item in tensors):
+            self.counts[name if namespace == "aten" else namespace] += 1
+        return out
+
+
+def test_over_rows_run_products_kernels_and_sums_of_biases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sample, not the last block. The figures of docs/log.md."""
+
+    def unseen(step: Callable) -> Callable:
+        def called(*args):
+            with _disable_current_modes():
+                return step(*args)
+
+        return called
+
+    steps = Steps(**{name: unseen(step) for name, step in vars(steps_of("reference")).items()})
+    monkeypatch.setattr(handwritten, "steps_of", lambda impl: steps)
+    found = {}
+    for name, run in (
+        ("hand-written", partial(handwritten_block, impl="reference")),
+        ("composed", partial(fused_block, impl="triton")),
+    ):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        block = make_block(torch.float32).to(device)
+        tensors = [x.detach().to(device).requires_grad_() for x in make_inputs(1, *SIZE[1:], torch.float32)]
+        douts = [torch.randn_like(x) for x in tensors[:2]]
+        with OverRows() as counting:
+            torch.autograd.grad(run(block, *tensors), [*tensors, *block.parameters()], douts)
+        found[name] = counting.counts
+    assert found["hand-written"] == Counter(mm=20, addmm=6, sum=4)
+    composed = found["composed"]
+    assert composed["mm"] + composed["addmm"] == 24
+    assert composed >= Counter(cat=4, add=8, sum=6, fill_=2, select_backward=2)
 
 
 @pytest.mark.gpu
