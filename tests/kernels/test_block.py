@@ -142,6 +142,28 @@ def test_samples_do_not_mix() -> None:
         assert relative_error(reference(block, *one)[0], together["x"][b : b + 1]) < 1e-10
 
 
+def test_the_model_on_the_kernels(device: torch.device) -> None:
+    """Every block in fp32, the first on the patch embedding's rows and on text that is expanded over the frames."""
+    torch.manual_seed(0)
+    model = VchitectTransformer(config_of())
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    batch = (torch.randn(1, 2, 16, 4, 4), torch.randn(1, 3, 12), torch.randn(1, 20), torch.tensor([300.0]))
+
+    def gradients(dtype: torch.dtype, kernels: str | None) -> dict[str, Tensor]:
+        model.to(device, dtype).set_kernels(kernels)
+        model.zero_grad()
+        model(*(x.to(device, dtype) for x in batch)).square().mean().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    found, low = gradients(torch.float32, "triton"), gradients(torch.float32, None)
+    exact = gradients(torch.float64, None)
+    assert found.keys() == exact.keys()
+    for name, value in exact.items():
+        if value.norm() > ROUNDING:
+            assert_close_to_exact(found[name], value, low[name], reduced=64 * 64, name=name)
+
+
 def test_the_model_switches_and_refuses() -> None:
     torch.manual_seed(0)
     model = VchitectTransformer(config_of()).double()

@@ -29,12 +29,14 @@ OP = "hand-written block"
 Tensors = tuple[Tensor, ...]
 
 
-def check(x_BTSD: Tensor, num_heads: int) -> None:
-    """UserError where a kernel cannot compute the block of x; shapes, dtypes and strides were checked."""
-    _, T, _, D = x_BTSD.shape
+def check(x_BTSD: Tensor, c_BTND: Tensor, num_heads: int) -> None:
+    """UserError where a kernel cannot compute the block of x and c; shapes, dtypes and strides were checked."""
+    B, T, S, D = x_BTSD.shape
     _check.runnable(OP, x_BTSD)
     _check.at_most(OP, "hidden dim", D, tiles.MAX_ROW, "one tile holds whole rows")
     _check.at_most(OP, "frames", T, temporal.MAX_FRAMES, "the temporal backward keeps its statistics in registers")
+    num_programs = B * (S + c_BTND.shape[2]) * num_heads * -(-T // 16)
+    _check.at_most(OP, "temporal problems", num_programs, temporal.MAX_PROGRAMS, "programs of one launch")
     if D // num_heads not in temporal.HEAD_DIMS:
         raise UserError(
             f'{OP}: expected a head dim of 64 or 128, got {D // num_heads}; pass impl="reference" for others.'

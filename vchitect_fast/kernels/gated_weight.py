@@ -5,6 +5,7 @@
 So neither the product nor gated rows are ever written: [D, K] weights are read instead of [rows, D] activations.
 One program a row of W: the sums are fp32 and of one order. Samples follow each other, `add` adds to what dweight holds.
 Bytes, e the element size: 4 D K e (W, G, dW, gated); over the memory's speed that is the floor.
+In fp16 G may overflow where gate G would not (a gate near 0); bf16 has the range.
 A step of the block, without an op or a gradient of its own: nothing is checked here.
 
 D outputs (rows of W), K inputs (its columns).

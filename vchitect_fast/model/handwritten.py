@@ -56,7 +56,7 @@ def handwritten_block(
     # One copy where rows lie as columns: those of the patch embedding.
     x_BTSD, c_BTND, temb_BD = map(readable, (x_BTSD, c_BTND, temb_BD))
     layout, steps = layout_of(block, x_BTSD, c_BTND, temb_BD, names, policy), steps_of(impl)
-    steps.check(x_BTSD, layout.num_heads)
+    steps.check(x_BTSD, c_BTND, layout.num_heads)
     with hand_over(layout.saved_groups()) if hand_over else nullcontext():
         return _HandWritten.apply(layout, steps, x_BTSD, c_BTND, temb_BD, *parameters)
 

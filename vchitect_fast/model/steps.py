@@ -31,7 +31,7 @@ Tensors = tuple[Tensor, ...]
 class Steps:
     """The functions by name; their arguments stand below, in the plain ones."""
 
-    check: Callable[[Tensor, int], None]
+    check: Callable[[Tensor, Tensor, int], None]
     norm: Callable[..., Tensors]
     norm_backward: Callable[..., Tensor]
     residual_norm: Callable[..., Tensors]
@@ -63,8 +63,8 @@ def wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def check(x_BTSD: Tensor, num_heads: int) -> None:
-    """Whether these steps can compute the block of x; plain torch takes every shape and dtype that a Layout allows."""
+def check(x_BTSD: Tensor, c_BTND: Tensor, num_heads: int) -> None:
+    """Whether these steps can compute the block of x and c; plain torch takes every shape and dtype that a Layout allows."""
 
 
 def norm(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float) -> Tensors:
