@@ -47,15 +47,17 @@ def assert_exact(found: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
             assert relative_error(found[name], value) < 1e-10, name
 
 
-def assert_kernels_are_right(size: tuple[int, ...], run: Run, **options) -> None:
-    """fp32 on the kernels against fp64, by the rule of close.py."""
+def assert_kernels_are_right(size: tuple[int, ...], run: Run, dtype: torch.dtype = torch.float32, **options) -> None:
+    """The kernels against fp64 on the same values, by the rule of close.py."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     D = options.get("num_heads", 1) * options.get("head_dim", 64)
-    low = make_block(torch.float32, **options).to(device)
-    tensors = [x.detach().to(device).requires_grad_() for x in make_inputs(*size, torch.float32, D)]
+    low = make_block(dtype, **options).to(device)
+    tensors = [x.detach().to(device).requires_grad_() for x in make_inputs(*size, dtype, D)]
     double = [x.detach().double().requires_grad_() for x in tensors]
     found, same = values(low, tensors, partial(run, impl="triton")), values(low, tensors, plain)
-    exact = values(make_block(torch.float64, **options).to(device), double, plain)
+    wide = make_block(torch.float64, **options)
+    wide.load_state_dict({name: value.double() for name, value in low.state_dict().items()})
+    exact = values(wide.to(device), double, plain)
     assert found.keys() == exact.keys()
     for name, value in exact.items():
         if value.norm() < ROUNDING:
@@ -132,6 +134,15 @@ def test_in_bf16_it_errs_as_the_block_does(size: tuple[int, ...]) -> None:
     found, low = values(block, tensors, reference), values(block, tensors, plain)
     for name, value in exact.items():
         assert_close_to_exact(found[name], value, low[name], reduced=4 * 128, name=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [(2, 3, 77, 33), (1, 40, 300, 333), (2, 1, 256, 333)])
+def test_the_kernels_give_the_block_in_16_bits(size: tuple[int, ...], dtype: torch.dtype, last: bool) -> None:
+    """The interpreter multiplies bf16 wrongly, so on a GPU only."""
+    assert_kernels_are_right(size, handwritten_block, dtype, last=last, num_heads=4)
 
 
 def test_samples_do_not_mix() -> None:

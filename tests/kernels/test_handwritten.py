@@ -20,7 +20,7 @@ from vchitect_fast.model.blocks import Block
 from vchitect_fast.model.handwritten import handwritten_block
 
 IMPLEMENTATIONS = ["reference", "triton"]
-SIZE = (2, 2, 3, 5)
+SIZE = (2, 2, 1, 3)  # small: the interpreter takes its time for every program
 reference = partial(handwritten_block, impl="reference")
 Given = tuple[Block, list[Tensor]]
 
@@ -32,22 +32,19 @@ def given(dtype: torch.dtype, device: torch.device | str = "cpu", **options) -> 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_the_same_bits_twice(impl: str, device: torch.device) -> None:
-    block, tensors = given(torch.float32, device)
-    first, second = (values(block, tensors, partial(handwritten_block, impl=impl)) for _ in range(2))
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_a_kept_graph_gives_the_same_bits_again(impl: str, device: torch.device) -> None:
-    """Nothing that was saved, and no gradient that came in, is written to."""
+    """Also from a kept graph: nothing that was saved, and no gradient that came in, is written to."""
     block, tensors = given(torch.float32, device)
     x, c = handwritten_block(block, *tensors, impl=impl)
+    other_x, other_c = handwritten_block(block, *tensors, impl=impl)
+    assert torch.equal(x, other_x) and torch.equal(c, other_c)
     wanted = [*tensors, *block.parameters()]
     douts = [torch.randn_like(x), torch.randn_like(c)]
     before = [dout.clone() for dout in douts]
     first = torch.autograd.grad([x, c], wanted, douts, retain_graph=True)
     second = torch.autograd.grad([x, c], wanted, douts)
-    assert all(map(torch.equal, first, second)) and all(map(torch.equal, douts, before))
+    other = torch.autograd.grad([other_x, other_c], wanted, douts)
+    assert all(map(torch.equal, first, second)) and all(map(torch.equal, first, other))
+    assert all(map(torch.equal, douts, before))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

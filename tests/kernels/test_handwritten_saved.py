@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 import torch
-from block_cases import config_of, make_block, make_inputs
+from block_cases import config_of, make_block, make_inputs, values
 from offloading import MIB, NUM_BLOCKS, assert_no_leaks, assert_same, gradients, make_model, work_of
 from offloading import make_inputs as model_inputs
 from torch import Tensor
@@ -169,6 +169,21 @@ def test_backward_rebuilds_what_is_missing_and_nothing_else(
     assert {name: counted[name] for name in ATTENTIONS} == expected
     norms = 2 + 4 + (2 if "qkv" in recomputed else 0)  # visual and text: forward, both norms' weights, to rebuild
     assert counted["norm"] == norms and counted["residual_norm"] == 2 * calls and counted["residual"] == 2
+
+
+@pytest.mark.parametrize(
+    "recomputed", [("qkv",), ("mlp_pre",), ("branch_out", "stats"), ("qkv", "branch_out", "mlp_pre", "stats")], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str)
+def test_the_kernels_rebuild_the_same_bits(
+    dtype: torch.dtype, recomputed: tuple[str, ...], device: torch.device
+) -> None:
+    """n comes from one kernel in forward and from another in backward: both round y first and go on alike."""
+    block = make_block(dtype).to(device)
+    tensors = [x.detach().to(device).requires_grad_() for x in make_inputs(1, 2, 3, 5, dtype)]
+    policies = Policy.keep(), replace(Policy.keep(), **dict.fromkeys(recomputed, "recompute"))
+    kept, rebuilt = (values(block, tensors, partial(handwritten_block, impl="triton", policy=p)) for p in policies)
+    assert all(torch.equal(kept[name], rebuilt[name]) for name in kept)
 
 
 def test_a_policy_that_offloads_without_an_engine_is_refused() -> None:

@@ -3,7 +3,7 @@
     gate (x W^T + b) for one sample, d = dL/d(that):    G = d^T x  (a GEMM, made before)
     dW = gate G;   dgate = rowsum(W G)  (+ b sum(d), by the caller);   gated = gate W, so that dx = d gated  (a GEMM, made behind)
 So neither the product nor gated rows are ever written: [D, K] weights are read instead of [rows, D] activations.
-One program a row of W: the sums are fp32 and of one order. Samples follow each other, `add` adds to what dweight holds.
+A program owns a few rows of W: the sums are fp32 and of one order. Samples follow each other, `add` adds to what dweight holds.
 Bytes, e the element size: 4 D K e (W, G, dW, gated); over the memory's speed that is the floor.
 In fp16 G may overflow where gate G would not (a gate near 0); bf16 has the range.
 A step of the block, without an op or a gradient of its own: nothing is checked here.
@@ -33,16 +33,19 @@ def _kernel(
     stride_weight,
     stride_gated,
     stride_dweight,
+    num_rows,
     num_columns,
     ADD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    gate = tl.load(gate_ptr + row).to(tl.float32)
-    total = tl.zeros((BLOCK_K,), tl.float32)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)[:, None]
+    is_row = row < num_rows
+    gate = tl.load(gate_ptr + row, mask=is_row, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK_D, BLOCK_K), tl.float32)
     for start in range(0, num_columns, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        inside = k < num_columns
+        k = start + tl.arange(0, BLOCK_K)[None, :]
+        inside = is_row & (k < num_columns)
         product = tl.load(product_ptr + row * stride_product + k, mask=inside, other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + row * stride_weight + k, mask=inside, other=0.0).to(tl.float32)
         total += product * weight
@@ -52,7 +55,7 @@ def _kernel(
         if ADD:
             dweight += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
         tl.store(pointers, dweight.to(dweight_ptr.dtype.element_ty), mask=inside)
-    tl.store(dgate_ptr + row, tl.sum(total, 0))
+    tl.store(dgate_ptr + row, tl.sum(total, 1, keep_dims=True), mask=is_row)
 
 
 def launch(
@@ -66,26 +69,28 @@ def launch(
 ) -> None:
     """Write gated, dweight (which may be the product itself, or fp32) and dgate (contiguous, fp32)."""
     D, K = weight_DK.shape
-    _kernel[(D,)](
+    tile = tiles.GATED_WEIGHT
+    _kernel[(triton.cdiv(D, tile.block_rows),)](
         *(product_DK, weight_DK, gate_D, gated_DK, dweight_DK, dgate_D),
         *(x.stride(0) for x in (product_DK, weight_DK, gated_DK, dweight_DK)),
-        K,
+        *(D, K),
         ADD=add,
-        BLOCK_K=tiles.GATED_WEIGHT.block_columns,
-        num_warps=tiles.GATED_WEIGHT.num_warps,
+        BLOCK_D=tile.block_rows,
+        BLOCK_K=tile.block_columns,
+        num_warps=tile.num_warps,
     )
 
 
 def aot_variants() -> list[Variant]:
     """One sample, and the second of several, which adds in fp32."""
-    variants = []
+    variants, tile = [], tiles.GATED_WEIGHT
     for dtype in ("bf16", "fp16", "fp32"):
         for add in (False, True):
             low, sum_type = f"{dtype}:16", "fp32:16" if add else f"{dtype}:16"
             signature = pointers(low, "product", "weight", "gate", "gated") | pointers(sum_type, "dweight")
-            signature |= pointers("fp32:16", "dgate") | {"num_columns": "i32:16"}
+            signature |= pointers("fp32:16", "dgate") | {"num_rows": "i32:16", "num_columns": "i32:16"}
             signature |= {f"stride_{name}": "i32:16" for name in ("product", "weight", "gated", "dweight")}
-            constants = {"ADD": add, "BLOCK_K": tiles.GATED_WEIGHT.block_columns}
+            constants = {"ADD": add, "BLOCK_D": tile.block_rows, "BLOCK_K": tile.block_columns}
             label = f"gated_weight {dtype}{' add' if add else ''}"
-            variants.append(Variant(_kernel, signature, constants, tiles.GATED_WEIGHT.num_warps, label))
+            variants.append(Variant(_kernel, signature, constants, tile.num_warps, label))
     return variants

@@ -25,8 +25,8 @@ class SheetTile:
 BIAS_GELU_FORWARD = SheetTile(block_rows=4, block_columns=512, num_blocks=1, num_warps=4)
 BIAS_GELU_BACKWARD = SheetTile(block_rows=4, block_columns=512, num_blocks=16, num_warps=4)
 
-# One row of a weight a program, in pieces of block_columns; not measured. 8 values of a thread are a 16-byte load.
-GATED_WEIGHT = SheetTile(block_rows=1, block_columns=1024, num_blocks=1, num_warps=4)
+# Not measured. A program owns block_rows whole rows, block_columns at a time; 384 programs at 1536 rows.
+GATED_WEIGHT = SheetTile(block_rows=4, block_columns=512, num_blocks=1, num_warps=4)
 
 # ---- whole rows in one tile: adaln, gated_residual -------------------------------------------------------------------
 

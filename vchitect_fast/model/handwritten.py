@@ -57,7 +57,7 @@ def handwritten_block(
     x_BTSD, c_BTND, temb_BD = map(readable, (x_BTSD, c_BTND, temb_BD))
     layout, steps = layout_of(block, x_BTSD, c_BTND, temb_BD, names, policy), steps_of(impl)
     steps.check(x_BTSD, c_BTND, layout.num_heads)
-    with hand_over(layout.saved_groups()) if hand_over else nullcontext():
+    with hand_over(layout.saved_groups()) if hand_over else nullcontext(), torch.cuda.device_of(x_BTSD):
         return _HandWritten.apply(layout, steps, x_BTSD, c_BTND, temb_BD, *parameters)
 
 
