@@ -1,4 +1,4 @@
-"""What the tests of a whole block share: a small block with random weights, its inputs, and all outputs and gradients by name."""
+"""What the tests of a whole block share: a small one with random weights, its inputs, its outputs and gradients by name."""
 
 from __future__ import annotations
 

@@ -90,10 +90,11 @@ class Workload:
     ) -> dict[str, int]:
         """Bytes that one block of model/handwritten.py saves for backward, by activation group, all branches on.
 
-        In units of [rows, D]: its input; 7 visual and 3 text projections; the outputs of the spatial and the cross branch, and
-        the residual behind them (temporal is made again); the 4D input of GELU; of the spatial and the cross branch an fp32
-        log-sum-exp a row and head (fp64 in fp64). The last block keeps no text behind its projections. `first`: its text is
-        one row set a sample, expanded over the frames. An image has no temporal branch. `recomputed` groups are left out. tests/kernels/test_handwritten_saved.py counts the same.
+        In units of [rows, D]: its input; 7 visual and 3 text projections; the outputs of the spatial and the cross branch
+        and the residual behind them (temporal is made again); the 4D input of GELU; of spatial and cross an fp32
+        log-sum-exp a row and head (fp64 in fp64). The last block keeps no text behind its projections. `first`: its text
+        is one row set a sample, expanded over the frames. An image has no temporal branch. `recomputed` groups are left
+        out. tests/kernels/test_handwritten_saved.py counts the same.
         """
         config, row = self.config, element_bytes * self.config.hidden_dim
         joint = self.visual_rows if last else self.rows

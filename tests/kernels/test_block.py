@@ -1,4 +1,4 @@
-"""The block against blocks.py, composed of the ops and hand-written: the same answer, the same gradients, on either implementation.
+"""The block composed of the ops, and hand-written, against blocks.py: the same answer, the same gradients.
 
 Run: pytest tests/kernels/test_block.py. Interpreted where there is no GPU.
 """
@@ -14,7 +14,7 @@ from close import assert_close_to_exact, relative_error
 from torch import Tensor
 
 from vchitect_fast.errors import UserError
-from vchitect_fast.model import Branches, VchitectTransformer
+from vchitect_fast.model import Branches, VchitectTransformer, transformer
 from vchitect_fast.model.fused import fused_block
 from vchitect_fast.model.handwritten import handwritten_block
 
@@ -175,7 +175,7 @@ def test_the_model_on_the_kernels(device: torch.device) -> None:
             assert_close_to_exact(found[name], value, low[name], reduced=64 * 64, name=name)
 
 
-def test_the_model_switches_and_refuses() -> None:
+def test_the_model_switches_and_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = VchitectTransformer(config_of()).double()
     for parameter in model.parameters():
@@ -186,10 +186,16 @@ def test_the_model_switches_and_refuses() -> None:
         torch.randn(2, 20).double(),
         torch.tensor([3.0, 900.0]),
     )
-    assert model.kernels is None, "nothing was measured on a GPU: the plain block is the default"
+    assert not transformer.DEFAULT_KERNELS, "nothing was measured on a GPU: the plain block is the default"
     exact = model(*batch)
+    monkeypatch.setitem(transformer.DEFAULT_KERNELS, "cpu", "reference")
+    by_default = model(*batch)
+    assert not torch.equal(by_default, exact) and relative_error(by_default, exact) < 1e-10
+    model.set_kernels(None)
+    assert torch.equal(model(*batch), exact), "a choice stands above the default"
+    monkeypatch.delitem(transformer.DEFAULT_KERNELS, "cpu")
     model.set_kernels("reference")
-    assert relative_error(model(*batch), exact) < 1e-10
+    assert torch.equal(model(*batch), by_default)
     model.set_kernels(None)
     assert torch.equal(model(*batch), exact)
     with pytest.raises(UserError, match="unknown"):

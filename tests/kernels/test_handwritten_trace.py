@@ -1,4 +1,4 @@
-"""A trace of the hand-written block, forward and backward, has no glue on rows: no concatenation, fill, copy, add or slice backward.
+"""A trace of the hand-written block has no glue on rows: no concatenation, fill, copy, add or slice backward.
 
 Run: pytest tests/kernels/test_handwritten_trace.py. Glue is any concatenation, and an aten op of GLUE that touches a tensor of
 rows; on [B, D] vectors and [D, D] weights it is allowed. In plain torch the steps themselves copy, and on a CPU a product copies

@@ -6,8 +6,9 @@
 mean and the variance are of one row, in fp32, as is all between load and store; the sums run over the rows of one sample.
 Saved: x (the residual, which the block keeps anyway), scale, and mean and rstd in fp32 [B, L].
 dshift and dscale: every program sums its rows into one fp32 row, one sum in a fixed order adds those; no atomics.
-Bytes, e the element size: forward 2 B L D e, backward 3 B L D e plus 16 B L D / 32 for the partials; over the memory's
-speed that is the floor (the residual: one pass and half of those more). One tile holds whole rows, so D <= 4096. Source: Peebles & Xie 2023.
+Bytes, e the element size: forward 2 B L D e, backward 3 B L D e plus 16 B L D / 32 for the partials (with the residual one
+pass and half of those more); over the memory's speed that is the floor. One tile holds whole rows, so D <= 4096.
+Source: Peebles & Xie 2023.
 B samples, L rows of one sample, D columns.
 """
 

@@ -1,9 +1,9 @@
 """The weights of a gated product in backward: its weight gradient, its gate's gradient and the gated weight, in one pass.
 
     gate (x W^T + b) for one sample, d = dL/d(that):    G = d^T x  (a GEMM, made before)
-    dW = gate G;   dgate = rowsum(W G)  (+ b sum(d), by the caller);   gated = gate W, so that dx = d gated  (a GEMM, made behind)
+    dW = gate G;  dgate = rowsum(W G)  (+ b sum(d), by the caller);  gated = gate W, for dx = d gated  (a GEMM, made behind)
 So neither the product nor gated rows are ever written: [D, K] weights are read instead of [rows, D] activations.
-A program owns a few rows of W: the sums are fp32 and of one order. Samples follow each other, `add` adds to what dweight holds.
+A program owns a few rows of W: the sums are fp32 and of one order. Samples follow each other: `add` adds to dweight.
 Bytes, e the element size: 4 D K e (W, G, dW, gated); over the memory's speed that is the floor.
 In fp16 G may overflow where gate G would not (a gate near 0); bf16 has the range.
 A step of the block, without an op or a gradient of its own: nothing is checked here.

@@ -1,12 +1,13 @@
-"""Where the hand-written block's tensors lie: columns of merged buffers by branch, parameters by stream, saved tensors by group.
+"""Where the hand-written block's tensors lie: columns by branch, parameters by stream, saved tensors by group.
 
-    layout = layout_of(block, x, c, temb, policy)     checked: shapes, dtypes, a branch at all; UserError says what came instead
-Merged projections: a column slot of D for each name of `visual` (up to 7) and of TEXT. Branch outputs: a slot for spatial, for
-cross, and a last one that temporal's output and then y = x + gate (their sum) lie in: y is saved and temporal made again.
-An image (T = 1) multiplies the temporal term by 0: it is left out of every buffer and its parameters get zero gradients.
+    layout = layout_of(block, x, c, temb, names, policy)     checked: shapes, dtypes, a branch at all; UserError otherwise
+Merged projections: a column slot of D for each name of `visual` (up to 7) and of TEXT. Branch outputs: a slot for spatial,
+for cross, and a last one, in which temporal's output lies and then y = x + gate (their sum).
+An image (T = 1) multiplies the temporal term by 0: it is left out of every buffer, its parameters get zero gradients.
 No arithmetic on tensors here, and nothing is copied: views.
 
-Letters: B batch, T frames, S visual tokens a frame, N text tokens, L rows of one sample, D hidden, H heads, C head dim, K columns.
+Letters: B batch, T frames, S visual tokens a frame, N text tokens, L rows of one sample, D hidden, H heads, C head dim,
+K columns.
 """
 
 from __future__ import annotations

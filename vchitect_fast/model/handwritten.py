@@ -1,16 +1,17 @@
-"""A block as one hand-written forward and backward, which write in place into shared buffers: blocks.py defines the answer.
+"""A block as one hand-written forward and backward, in place in shared buffers: blocks.py defines the answer.
 
-    qkv [rows, 7D and 3D] -> three attentions [rows, 3D] -> y = x + gate branch_sum -> mlp_pre [rows, 4D] -> out = y + gate ...
-Saved by group: block_input; qkv; branch_out (spatial, cross, and y in the slot where temporal was); mlp_pre; stats (log-sum-exp of
-two attentions). Made again in backward: the normed rows, GELU's output, the temporal branch (no products worth counting; y
-would take a product of K = 3D). What the Policy recomputes or moves (`recomputed`, `hand_over`) is rebuilt or restored first.
-A gated product gate (x W^T + b) is neither saved nor made again, and no gated rows are written: kernels/gated_weight.py.
-Visual and text rows are never joined; the attentions' gradients go straight into buffers like qkv. Text q, k, v serve three
-branches: spatial writes their gradients, cross (k, v of the first frame alone) and then temporal add, always in this order.
-Refused: second derivatives, autocast, mixed dtypes, no branch at all; torch.compile runs it as it is, outside its graph. No
-speed was measured. The steps, in plain torch or on the kernels: steps.py; where things lie: block_layout.py.
+    qkv [rows, 7D and 3D] -> attentions [rows, 3D] -> y = x + gate branch_sum -> mlp_pre [rows, 4D] -> y + gate fc2(gelu)
+Saved by group: block_input; qkv; branch_out (spatial, cross, and y in the slot where temporal was); mlp_pre; stats (the
+log-sum-exp of two attentions). Made again in backward: normed rows, GELU's output, and the temporal branch, which is a pass
+over memory where y is a product of K = 3D. What a Policy recomputes or moves (`recomputed`, `hand_over`) is rebuilt or
+restored first. A gated product is neither saved nor made again and no gated rows are written: kernels/gated_weight.py.
+Visual and text rows are never joined; gradients of the attentions go straight into buffers like qkv. Text q, k, v serve
+three branches: spatial writes their gradients, cross (of k, v the first frame's) and then temporal add, in this order.
+Refused: second derivatives, autocast, mixed dtypes, no branch at all; torch.compile runs it outside its graph. No speed was
+measured. The steps, in plain torch or on the kernels: steps.py; where things lie: block_layout.py.
 
-Letters: B batch, T frames, S visual tokens a frame, N text tokens, L rows of one sample, D hidden, H heads, C head dim, K columns.
+Letters: B batch, T frames, S visual tokens a frame, N text tokens, L rows of one sample, D hidden, H heads, C head dim,
+K columns.
 """
 
 from __future__ import annotations
@@ -95,8 +96,8 @@ class _HandWritten(torch.autograd.Function):
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise UserError(
-                "the hand-written block has no second derivative, got a backward with create_graph=True; differentiate twice "
-                "with model.set_kernels(None)."
+                "the hand-written block has no second derivative, got a backward with create_graph=True; differentiate "
+                "twice with model.set_kernels(None)."
             )
         at, steps = ctx.at, ctx.steps
         x_BTSD, c_BTND, *kept, temb_BD = ctx.saved_tensors[: 2 * len(GROUPS) + 1]
@@ -191,7 +192,7 @@ def _project_backward(
 
 
 def _attend(steps: Steps, at: Layout, qkv: Tensors) -> tuple[Tensors, Optional]:
-    """The branches side by side, [B, L, 3 D] of the visual and of the text rows, and the statistics of spatial and cross."""
+    """The branches side by side, [B, L, 3 D] of the visual and of the text rows; the statistics of spatial and cross."""
     visual, text = (at.slots(x, len(names)) for x, names in zip(qkv, at.projections, strict=True))
     columns = at.num_outputs * qkv[0].shape[-1] // len(at.visual)
     branch = tuple(x.new_empty(*x.shape[:2], columns) for x in qkv)
@@ -335,7 +336,7 @@ def _gated_backward(
 
 
 def _merged(at: Layout, p: dict[str, Tensor], s: Stream) -> tuple[Tensor, Tensor]:
-    """branch_sum's weight [w Wo | Wo Wc | Wt] over the branches that are computed, and its bias (kernels/branch_sum.py)."""
+    """Weight [w Wo | Wo Wc | Wt] and bias of the branch sum, over the branches that are computed (branch_sum.py)."""
     (Wo, bo), (Wc, bc), (Wt, bt) = (_linear(p, name) for name in (s.out, CONTEXT, s.out_temporal))
     D = Wo.shape[0]
     weight, bias = Wo.new_empty(D, D * len(at.branches)), bo.to(wide(bo))

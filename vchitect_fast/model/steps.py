@@ -1,9 +1,9 @@
 """What one step of the hand-written block computes, and the same in plain torch: any device, any float dtype.
 
     steps_of("reference") or steps_of("triton")     a Steps: handwritten.py is written once over these functions
-Each writes into the buffers that it is given (slots of merged ones, of any strides) or returns new ones, and has no gradient
-of its own: the formulas of the backward stand here written out. A log-sum-exp is whatever its own backward reads. Attention
-writes its scores out, so this is for tests, for fp64 and for small shapes. The Triton half is kernels/block_steps.py.
+Each writes into the buffers that it is given (slots of merged ones, of any strides) or returns new ones, and has no
+gradient of its own: the formulas of the backward stand here written out. A log-sum-exp is whatever its own backward reads.
+Attention writes its scores out, so this is for tests, for fp64 and for small shapes. On the kernels: kernels/block_steps.py.
 
 Letters: B batch, T frames, S visual tokens a frame, N text tokens, J = S + N, L rows of one sample, R rows, D columns,
 K columns of the MLP, H heads, C head dim.
@@ -64,7 +64,7 @@ def wide(x: Tensor) -> torch.dtype:
 
 
 def check(x_BTSD: Tensor, c_BTND: Tensor, num_heads: int) -> None:
-    """Whether these steps can compute the block of x and c; plain torch takes every shape and dtype that a Layout allows."""
+    """UserError where these steps cannot compute a block of x and c; plain torch takes all that a Layout allows."""
 
 
 def norm(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float) -> Tensors:

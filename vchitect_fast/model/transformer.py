@@ -29,8 +29,8 @@ from vchitect_fast.offload.policy import check_policy, effective, offloads
 from vchitect_fast.plan import Policy
 
 ALL_BRANCHES = Branches()
-# Who computes the blocks unless set_kernels says otherwise (its words). Nothing of "triton" was measured on a GPU yet.
-DEFAULT_KERNELS: str | None = None
+# Who computes the blocks on a type of device unless set_kernels says otherwise; {"cuda": "triton"} once it is measured.
+DEFAULT_KERNELS: dict[str, str] = {}
 SDPA = {"spatial": "sdpa", "temporal": "sdpa", "cross": "sdpa"}
 
 
@@ -56,7 +56,8 @@ class VchitectTransformer(nn.Module):
         self.policy: tuple[Policy, ...] = (Policy.keep(),) * L
         self.saving = Saving()
         self.attention_backend = dict(SDPA)
-        self.kernels = DEFAULT_KERNELS
+        self.kernels: str | None = None
+        self._chose_kernels = False
         self._initialise()
 
     def _initialise(self) -> None:
@@ -86,10 +87,10 @@ class VchitectTransformer(nn.Module):
         self.policy = tuple(policy)
 
     def set_kernels(self, impl: str | None) -> None:
-        """Who computes a block: None = the plain modules of blocks.py, "triton" or "reference" = handwritten.py on those steps."""
+        """Who computes a block: None = the modules of blocks.py, "triton" or "reference" = handwritten.py on those steps."""
         if impl not in (None, "triton", "reference"):
             raise unknown_name("kernels", str(impl), ("triton", "reference"))
-        self.kernels = impl
+        self.kernels, self._chose_kernels = impl, True
 
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor, timestep: Tensor
@@ -111,10 +112,11 @@ class VchitectTransformer(nn.Module):
         text = self.context_embedder(encoder_hidden_states.to(dtype))
         c = text[:, None].expand(-1, T, -1, -1)  # the text stream is per frame from here on
         saving, saved_pass = self.saving, self.saving.new_pass()
+        kernels = self.kernels if self._chose_kernels else DEFAULT_KERNELS.get(x.device.type)
         for index, policy in enumerate(effective(self.policy, saving.keep_last)):
             block = cast(Block, self.transformer_blocks[index])
-            if self.kernels:
-                run = partial(handwritten_block, block, impl=self.kernels)
+            if kernels:
+                run = partial(handwritten_block, block, impl=kernels)
                 x, c = saving.run_grouped(run, policy, index, saved_pass, x, c, temb)
             else:
                 plain = partial(block, backend=self.attention_backend)
