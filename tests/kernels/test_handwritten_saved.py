@@ -193,3 +193,15 @@ def test_a_policy_that_offloads_without_an_engine_is_refused() -> None:
     run = partial(handwritten_block, make_block(torch.float32), impl="reference")
     with pytest.raises(UserError, match="block 3 is to be offloaded and there is no engine"):
         Saving().run_grouped(run, Policy(qkv="offload"), 3, None, x, c, temb)
+
+
+def test_offloading_inside_torch_compile_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recomputing is not: the block runs outside the graph and rebuilds its groups itself."""
+    pytest.importorskip("vchitect_fast._C", reason="built with VCHITECT_FAST_EXT=0")
+    saving, tensors = Saving(Engine(MIB)), make_inputs(1, 2, 3, 5, torch.float32)
+    run = partial(handwritten_block, make_block(torch.float32), impl="reference")
+    saved_pass = saving.new_pass()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(UserError, match="block 3 is to be offloaded inside torch.compile; offload outside of it"):
+        saving.run_grouped(run, Policy(qkv="offload"), 3, saved_pass, *tensors)
+    assert saving.run_grouped(run, Policy.recompute(), 3, saved_pass, *tensors)[0].requires_grad
