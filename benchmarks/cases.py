@@ -23,6 +23,8 @@ from vchitect_fast.kernels import ops
 from vchitect_fast.kernels.branch_sum import branch_sum
 from vchitect_fast.kernels.projections import project
 from vchitect_fast.model.blocks import SPATIAL_WEIGHT, Block, Branches
+from vchitect_fast.model.fused import fused_block
+from vchitect_fast.model.handwritten import handwritten_block
 from vchitect_fast.shapes import VideoShape
 from vchitect_fast.workload import Workload
 
@@ -190,7 +192,10 @@ def project_case(label: str, sizes: Sizes, check: Sizes | None, dtype: torch.dty
 
 
 def block_case(label: str, sizes: Sizes, check: Sizes | None, dtype: torch.dtype, quick: bool) -> Case:
-    """The whole block, not the last one: three forwards of FLOPs in all."""
+    """The whole block, not the last one: three forwards of FLOPs in all.
+
+    hand-written: model/handwritten.py; composed: the ops under autograd, model/fused.py; eager, torch.compile: blocks.py.
+    """
     backend = dict.fromkeys(("spatial", "temporal", "cross"), "sdpa")
 
     def draw(at: Sizes, dtype: torch.dtype, device: torch.device) -> Problem:
@@ -205,13 +210,8 @@ def block_case(label: str, sizes: Sizes, check: Sizes | None, dtype: torch.dtype
 
         return solved
 
-    def fused(impl: str) -> Callable[[Problem], Sequence[Tensor]]:
-        def solved(problem: Problem) -> Sequence[Tensor]:
-            from vchitect_fast.model.fused import fused_block
-
-            return fused_block(problem.module, *problem.leaves, impl=impl)  # type: ignore[arg-type, return-value]
-
-        return solved
+    def ours(run: Callable[..., object], impl: str) -> Callable[[Problem], Sequence[Tensor]]:
+        return lambda problem: run(problem.module, *problem.leaves, impl=impl)  # type: ignore[return-value]
 
     def work(at: Sizes, element_bytes: int) -> tuple[float, float]:
         shape = VideoShape(at.T, 16 * at.S, 16)  # as many tokens a frame, in one row
@@ -220,8 +220,10 @@ def block_case(label: str, sizes: Sizes, check: Sizes | None, dtype: torch.dtype
         return forward, 2 * forward
 
     providers = (
-        Provider(our_name("fused, triton"), fused("triton")),
-        Provider("fused, plain ops (ours)", fused("reference")),
+        Provider(our_name("hand-written, triton"), ours(handwritten_block, "triton")),
+        Provider("hand-written, plain steps (ours)", ours(handwritten_block, "reference")),
+        Provider(our_name("composed, triton"), ours(fused_block, "triton")),
+        Provider("composed, plain ops (ours)", ours(fused_block, "reference")),
         Provider("eager", plain(backend)),
         compiled(plain(backend), quick=quick),
     )

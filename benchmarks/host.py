@@ -58,7 +58,7 @@ def _dispatch() -> Iterator[HostBench]:
         @staticmethod
         def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
             ctx.save_for_backward(x, bias)
-            return module._launch_forward(x, bias)
+            return module.launch_forward(x, bias)
 
         @staticmethod
         def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,7 +63,8 @@ def _bench(bench: str, outcomes: Sequence[Outcome], verdicts: Sequence[Verdict])
                 table.add_row(*place, *_row(outcome, records), goal if i == 0 else "")
         table.add_section()
     absent = [outcome for outcome in outcomes if isinstance(outcome, Absent)]
-    return Group(table, *(Text(line, style="dim") for line in reasons(absent)))
+    lines = saved([outcome for outcome in outcomes if isinstance(outcome, Record)]) + reasons(absent)
+    return Group(table, *(Text(line, style="dim") for line in lines))
 
 
 def headline(bench: str, outcomes: Iterable[Outcome]) -> str:
@@ -85,6 +86,15 @@ def headline(bench: str, outcomes: Iterable[Outcome]) -> str:
     text = f"{bench}: ours takes {', '.join(said)} x the time of the best alternative" if said else bench
     note = "kernels interpreted here: errors count, times do not"
     return f"{text} ({note})" if len(records) < len(every) else text
+
+
+def saved(records: Iterable[Record]) -> list[str]:
+    """A line a shape: what each provider keeps for backward, where that was counted."""
+    found: dict[str, list[str]] = {}
+    for record in records:
+        if record.saved_bytes is not None:
+            found.setdefault(record.shape, []).append(f"{record.provider} {record.saved_bytes / 1e6:,.3f} MB")
+    return [f"saved for backward at {shape}: {', '.join(providers)}" for shape, providers in found.items()]
 
 
 def reasons(absent: Iterable[Absent]) -> list[str]:

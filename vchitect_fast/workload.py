@@ -8,6 +8,7 @@ Standard library only; tests hold each formula against the running model.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from vchitect_fast.architecture import TransformerConfig
@@ -83,6 +84,30 @@ class Workload:
         softmax = 4 * 3 * config.num_attention_heads * self.rows  # fp32 log-sum-exp of each branch
         rotary = 4 * self.shape.num_frames * config.attention_head_dim  # fp32 cos and sin
         return element_bytes * (d * rows + modulation) + (statistics_bytes or element_bytes) * norms + softmax + rotary
+
+    def handwritten_saved_bytes(
+        self, element_bytes: int, *, first: bool = False, last: bool = False, recomputed: Collection[str] = ()
+    ) -> dict[str, int]:
+        """Bytes that one block of model/handwritten.py saves for backward, by activation group, all branches on.
+
+        In units of [rows, D]: its input; 7 visual and 3 text projections; the outputs of the spatial and the cross branch
+        and the residual behind them (temporal is made again); the 4D input of GELU; of spatial and cross an fp32
+        log-sum-exp a row and head (fp64 in fp64). The last block keeps no text behind its projections. `first`: its text
+        is one row set a sample, expanded over the frames. An image has no temporal branch. `recomputed` groups are left
+        out. tests/kernels/test_handwritten_saved.py counts the same.
+        """
+        config, row = self.config, element_bytes * self.config.hidden_dim
+        joint = self.visual_rows if last else self.rows
+        num_visual = 4 if self.shape.num_frames == 1 else 7
+        text_input = self.batch * self.num_text_tokens if first else self.text_rows
+        found = {
+            "block_input": row * (self.visual_rows + text_input),
+            "qkv": row * (num_visual * self.visual_rows + 3 * self.text_rows),
+            "branch_out": row * 3 * joint,
+            "mlp_pre": row * 4 * joint,
+            "stats": max(4, element_bytes) * 2 * config.num_attention_heads * self.rows,
+        }
+        return {name: num_bytes for name, num_bytes in found.items() if name not in recomputed}
 
     def block_input_bytes(self, element_bytes: int) -> int:
         """Bytes of one block's input, visual and text rows: all that a recomputed block keeps."""

@@ -15,7 +15,7 @@ from vchitect_fast.benchmarks.cases import ATTENTION_SHAPES, BLOCK_SHAPES
 from vchitect_fast.benchmarks.goals import GOALS, PASS, SHORT, Goal, judge
 from vchitect_fast.benchmarks.record import BOTH, FORWARD, Record, append
 from vchitect_fast.benchmarks.suite import Absent
-from vchitect_fast.benchmarks.table import duration, headline, reasons
+from vchitect_fast.benchmarks.table import duration, headline, reasons, saved
 
 H100 = "NVIDIA H100 80GB HBM3"
 AT = {"shape": "40x768x432", "device": H100}
@@ -97,6 +97,16 @@ def test_reasons_are_grouped_and_say_where_it_matters() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(2.5, "2.5 s"), (0.0123, "12.3 ms"), (4.5e-6, "4.5 us"), (7e-9, "7 ns")])
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_saved_bytes_are_shown_where_they_were_counted() -> None:
+    records = [
+        record(saved_bytes=2_851_000_000),
+        record(provider="eager", saved_bytes=5_446_000_000),
+        record(provider="a"),
+    ]
+    assert saved(records) == ["saved for backward at 40x768x432: triton (ours) 2,851.000 MB, eager 5,446.000 MB"]
+    assert saved([record()]) == []
 
 
 def test_figures_are_redrawn_to_the_same_bytes(tmp_path: Path) -> None:

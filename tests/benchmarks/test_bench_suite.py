@@ -15,9 +15,9 @@ from torch import Tensor
 from vchitect_fast.architecture import preset
 from vchitect_fast.benchmarks.attention_cases import temporal
 from vchitect_fast.benchmarks.case import Case, Problem, Provider, Sizes, draw_leaves
-from vchitect_fast.benchmarks.cases import TINY_SHAPE, all_cases, block_case
+from vchitect_fast.benchmarks.cases import TINY_SHAPE, all_cases, block_case, block_config
 from vchitect_fast.benchmarks.record import BACKWARD, BOTH, FORWARD, Origin, Record
-from vchitect_fast.benchmarks.suite import Absent, Run, check, relative_error, run_case
+from vchitect_fast.benchmarks.suite import Absent, Run, _saved_bytes, check, relative_error, run_case
 from vchitect_fast.benchmarks.timing import Clock
 from vchitect_fast.shapes import VideoShape
 from vchitect_fast.workload import Workload
@@ -123,6 +123,18 @@ def test_the_blocks_flops_are_those_of_the_workload() -> None:
     assert 3 * forward / 790e12 == pytest.approx(23.1e-3, rel=0.005)
     load = Workload(preset("vchitect-2b"), VideoShape(40, 768, 432), 1, 333)
     assert forward == load.linear_flops() + load.attention_flops()
+
+
+def test_the_saved_bytes_of_the_hand_written_block_are_those_of_the_workload() -> None:
+    case = block_case("tiny", replace(SIZES, C=8), None, torch.float32, True)
+    problem = case.draw(case.sizes, torch.float32, CPU)
+    providers = {provider.name: provider for provider in case.providers}
+    load = Workload(block_config(case.sizes), VideoShape(SIZES.T, 16 * SIZES.S, 16), SIZES.B, SIZES.N)
+    temb_bytes = 4 * SIZES.B * case.sizes.D  # an input, and every input counts on a CPU
+    found = _saved_bytes(providers["hand-written, plain steps (ours)"], problem)
+    assert found == sum(load.handwritten_saved_bytes(4).values()) + temb_bytes
+    composed, eager = (_saved_bytes(providers[name], problem) for name in ("composed, plain ops (ours)", "eager"))
+    assert composed is not None and eager is not None and 2 * found < 1.1 * min(composed, eager)
 
 
 def test_the_temporal_floor_is_the_bytes_of_its_tensors() -> None:

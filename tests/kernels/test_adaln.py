@@ -101,6 +101,31 @@ def test_strides_do_not_matter(device: torch.device) -> None:
     assert all(map(torch.equal, expanded, full))
 
 
+@pytest.mark.parametrize("over", ["dy", "residual", "neither"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_backward_adds_the_residuals_gradient_and_sums_it(
+    dtype: torch.dtype, over: str, device: torch.device
+) -> None:
+    """dx may be written over either gradient; 34 rows are two programs a sample, the second one cut short."""
+    from vchitect_fast.kernels.adaln import backward_into, forward_into
+
+    x, shift, scale, dy = draw((2, 34, 12), dtype, device)
+    residual = torch.randn_like(dy)
+    y, (mean, rstd) = torch.empty_like(x), torch.empty(2, 2, 34, device=device)
+    forward_into(x, shift, scale, EPS, y, mean, rstd)
+
+    def expected(given: list[Tensor], residual: Tensor) -> list[Tensor]:
+        _, dx, dshift, dscale = run("reference", *given)
+        return [dx + residual, dshift, dscale, (dx + residual).sum(1)]
+
+    given = [x, shift, scale, dy]
+    exact, low = expected([t.double() for t in given], residual.double()), expected(given, residual)
+    dx = {"dy": dy, "residual": residual, "neither": torch.empty_like(dy)}[over]
+    sums = backward_into(dy, x, scale, mean, rstd, dx, residual).sum(2)
+    for i, (actual, *others) in enumerate(zip((dx, *sums.to(dtype)), exact, low, strict=True)):
+        assert_close_to_exact(actual, *others, reduced=34, name=str(i))
+
+
 def test_is_deterministic(device: torch.device) -> None:
     given = draw((1, 34, 9), torch.float32, device)
     assert all(map(torch.equal, run("triton", *given), run("triton", *given)))

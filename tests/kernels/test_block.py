@@ -1,92 +1,183 @@
-"""The fused composition of a block against blocks.py: the same answer and the same gradients, on either implementation.
+"""The block composed of the ops, and hand-written, against blocks.py: the same answer, the same gradients.
 
-Run: pytest tests/kernels/test_block.py
+Run: pytest tests/kernels/test_block.py. Interpreted where there is no GPU.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from block_cases import Run, config_of, make_block, make_inputs, plain, values
 from close import assert_close_to_exact, relative_error
 from torch import Tensor
 
 from vchitect_fast.errors import UserError
-from vchitect_fast.model import Branches, VchitectTransformer, preset
-from vchitect_fast.model.blocks import Block
+from vchitect_fast.model import Branches, VchitectTransformer, transformer
 from vchitect_fast.model.fused import fused_block
+from vchitect_fast.model.handwritten import handwritten_block
 
-# One head of 64: the smallest that the attention kernels take.
-CONFIG = replace(
-    preset("vchitect-nano"),
-    num_attention_heads=1,
-    attention_head_dim=64,
-    caption_projection_dim=64,
-    rope_scaling_factor=1.5,
-)
 SIZES = [(2, 3, 5, 7), (1, 1, 6, 4)]  # B, T, S, N: odd and two samples; an image
-BACKEND = {"spatial": "math", "temporal": "math", "cross": "math"}
+# Exactly 0 but for rounding: a bias of all keys of a query moves its scores alike, one key leaves nothing to choose, an image
+# leaves zero gradients in the temporal weights.
+ROUNDING = 1e-9
+RUNS: dict[str, Run] = {"composed": fused_block, "hand-written": handwritten_block}
+ABLATIONS = [
+    Branches(spatial=False),  # cross writes the text gradients first, and of the first frame's keys alone
+    Branches(temporal=False),
+    Branches(cross=False),
+    Branches(spatial=False, cross=False),
+    Branches(spatial=False, temporal=False),
+    Branches(temporal=False, cross=False),
+]
 
 
-def make(last: bool, dtype: torch.dtype) -> Block:
-    torch.manual_seed(0)
-    block = Block(CONFIG, last=last, branches=Branches())
-    for parameter in block.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return block.to(dtype)
+def reference(block, *tensors):
+    return handwritten_block(block, *tensors, impl="reference")
 
 
-def inputs(B: int, T: int, S: int, N: int, dtype: torch.dtype) -> list[Tensor]:
-    drawn = (torch.randn(B, T, S, 64), torch.randn(B, T, N, 64), torch.randn(B, 64))
-    return [x.to(dtype).requires_grad_() for x in drawn]
-
-
-def run(block: Block, tensors: list[Tensor], impl: str | None) -> dict[str, Tensor]:
-    """Outputs, and the gradients of inputs and parameters, by name; impl None is blocks.py."""
-    x, c = block(*tensors, BACKEND) if impl is None else fused_block(block, *tensors, impl=impl)
-    weight = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view(x.shape)
-    loss = (x * weight).sum() + (0 if c is None else (c * c.detach().cos()).sum())
-    block.zero_grad()
-    names = {name: parameter for name, parameter in block.named_parameters()} | dict(zip("xct", tensors, strict=True))
-    found = torch.autograd.grad(loss, list(names.values()), allow_unused=True)
-    result = {f"d {name}": gradient for name, gradient in zip(names, found, strict=True) if gradient is not None}
-    return result | {"x": x.detach()} | ({} if c is None else {"c": c.detach()})
-
-
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("size", SIZES)
-def test_the_composition_is_the_block(size: tuple[int, ...], last: bool) -> None:
-    """fp64 on the reference ops: only the order of sums differs."""
-    block, tensors = make(last, torch.float64), inputs(*size, torch.float64)
-    plain, fused = run(block, tensors, None), run(block, tensors, "reference")
-    assert plain.keys() == fused.keys()
-    for name, exact in plain.items():
-        if exact.norm() == 0:  # an image leaves zero gradients in the temporal weights
-            assert fused[name].norm() == 0, name
-        else:
-            assert relative_error(fused[name], exact) < 1e-10, name
-
-
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("size", SIZES)
-def test_the_kernels_give_the_block(size: tuple[int, ...], last: bool) -> None:
-    """fp32 on the kernels (interpreted where there is no GPU) against fp64, by the rule of close.py."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    low, tensors = make(last, torch.float32).to(device), inputs(*size, torch.float32)
-    tensors = [x.detach().to(device).requires_grad_() for x in tensors]
-    double = [x.detach().double().requires_grad_() for x in tensors]
-    fused, plain = run(low, tensors, "triton"), run(low, tensors, None)
-    exact = run(make(last, torch.float64).to(device), double, None)
+def assert_exact(found: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    """In fp64 only the order of sums differs; what has no gradient has none."""
+    assert found.keys() == exact.keys()
     for name, value in exact.items():
-        if value.norm() < 1e-9:
-            continue  # exactly 0 but for rounding: a bias of spatial keys moves all scores of a query alike
-        assert_close_to_exact(fused[name], value, plain[name], reduced=64 * 64, name=name)
+        if value.norm() < ROUNDING:
+            assert found[name].norm() < ROUNDING, name
+        else:
+            assert relative_error(found[name], value) < 1e-10, name
 
 
-def test_the_model_switches_and_refuses() -> None:
+def assert_kernels_are_right(size: tuple[int, ...], run: Run, dtype: torch.dtype = torch.float32, **options) -> None:
+    """The kernels against fp64 on the same values, by the rule of close.py."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    D = options.get("num_heads", 1) * options.get("head_dim", 64)
+    low = make_block(dtype, **options).to(device)
+    tensors = [x.detach().to(device).requires_grad_() for x in make_inputs(*size, dtype, D)]
+    double = [x.detach().double().requires_grad_() for x in tensors]
+    found, same = values(low, tensors, partial(run, impl="triton")), values(low, tensors, plain)
+    wide = make_block(torch.float64, **options)
+    wide.load_state_dict({name: value.double() for name, value in low.state_dict().items()})
+    exact = values(wide.to(device), double, plain)
+    assert found.keys() == exact.keys()
+    for name, value in exact.items():
+        if value.norm() < ROUNDING:
+            continue
+        assert_close_to_exact(found[name], value, same[name], reduced=64 * 64, name=name)
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_it_is_the_block(size: tuple[int, ...], last: bool, run: Run) -> None:
+    block, tensors = make_block(torch.float64, last=last), make_inputs(*size, torch.float64)
+    assert_exact(values(block, tensors, partial(run, impl="reference")), values(block, tensors, plain))
+
+
+@pytest.mark.parametrize("size", [(1, 2, 3, 1), (3, 1, 1, 5), (1, 4, 9, 3)])
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(1, 128), (3, 64), (2, 6)])
+def test_any_heads(size: tuple[int, ...], num_heads: int, head_dim: int) -> None:
+    block = make_block(torch.float64, num_heads=num_heads, head_dim=head_dim)
+    tensors = make_inputs(*size, torch.float64, num_heads * head_dim)
+    assert_exact(values(block, tensors, reference), values(block, tensors, plain))
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("branches", ABLATIONS, ids=str)
+def test_branches_that_are_off(branches: Branches, T: int, last: bool) -> None:
+    block, tensors = make_block(torch.float64, last=last, branches=branches), make_inputs(2, T, 4, 3, torch.float64)
+    if T == 1 and not (branches.spatial or branches.cross):
+        with pytest.raises(UserError, match="an attention branch to compute"):
+            reference(block, *tensors)
+    else:
+        assert_exact(values(block, tensors, reference), values(block, tensors, plain))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_gates_of_zero_as_training_starts(last: bool) -> None:
+    """AdaLN-Zero: nothing but the gates gets a gradient through the branches, and that one without the product itself."""
+    block, tensors = make_block(torch.float64, last=last), make_inputs(2, 2, 3, 3, torch.float64)
+    for norm in (block.norm1, block.norm1_context):
+        for parameter in norm.parameters():
+            torch.nn.init.zeros_(parameter)
+    found, exact = values(block, tensors, reference), values(block, tensors, plain)
+    assert_exact(found, exact)
+    assert found["d norm1.linear.weight"].norm() > 0 and found["d attn.to_q.weight"].norm() == 0
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_kernels_give_the_block(size: tuple[int, ...], last: bool, run: Run) -> None:
+    assert_kernels_are_right(size, run, last=last)
+
+
+@pytest.mark.parametrize("options", [{"head_dim": 128}, {"num_heads": 2}, {"branches": ABLATIONS[0]}], ids=str)
+def test_the_kernels_give_other_blocks(options: dict) -> None:
+    assert_kernels_are_right((1, 2, 3, 5), handwritten_block, **options)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_an_image_leaves_zero_gradients_and_not_missing_ones(last: bool) -> None:
+    found = values(make_block(torch.float64, last=last), make_inputs(1, 1, 6, 4, torch.float64), reference)
+    temporal = [name for name in found if "_temp" in name]
+    assert len(temporal) == (8 if last else 10) and all((found[name] == 0).all() for name in temporal)
+
+
+@pytest.mark.parametrize("size", [(1, 4, 64, 33), (2, 8, 16, 9)])
+def test_in_bf16_it_errs_as_the_block_does(size: tuple[int, ...]) -> None:
+    """The gates' gradients come out of weight gradients, which are rounded: that costs no more than rounding the rows."""
+    block, tensors = make_block(torch.bfloat16, num_heads=2), make_inputs(*size, torch.bfloat16, 128)
+    double = make_block(torch.float64, num_heads=2)
+    double.load_state_dict({name: value.double() for name, value in block.state_dict().items()})
+    exact = values(double, [x.detach().double().requires_grad_() for x in tensors], plain)
+    found, low = values(block, tensors, reference), values(block, tensors, plain)
+    for name, value in exact.items():
+        assert_close_to_exact(found[name], value, low[name], reduced=4 * 128, name=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [(2, 3, 77, 33), (1, 40, 300, 333), (2, 1, 256, 333)])
+def test_the_kernels_give_the_block_in_16_bits(size: tuple[int, ...], dtype: torch.dtype, last: bool) -> None:
+    """The interpreter multiplies bf16 wrongly, so on a GPU only."""
+    assert_kernels_are_right(size, handwritten_block, dtype, last=last, num_heads=4)
+
+
+def test_samples_do_not_mix() -> None:
+    block, (x, c, temb) = make_block(torch.float64), make_inputs(3, 2, 3, 4, torch.float64)
+    together = values(block, [x, c, temb], reference)
+    for b in range(3):
+        one = [t[b : b + 1].detach().requires_grad_() for t in (x, c, temb)]
+        assert relative_error(reference(block, *one)[0], together["x"][b : b + 1]) < 1e-10
+
+
+def test_the_model_on_the_kernels(device: torch.device) -> None:
+    """Every block in fp32, the first on the patch embedding's rows and on text that is expanded over the frames."""
     torch.manual_seed(0)
-    model = VchitectTransformer(CONFIG).double()
+    model = VchitectTransformer(config_of())
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    batch = (torch.randn(1, 2, 16, 4, 4), torch.randn(1, 3, 12), torch.randn(1, 20), torch.tensor([300.0]))
+
+    def gradients(dtype: torch.dtype, kernels: str | None) -> dict[str, Tensor]:
+        model.to(device, dtype).set_kernels(kernels)
+        model.zero_grad()
+        model(*(x.to(device, dtype) for x in batch)).square().mean().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    found, low = gradients(torch.float32, "triton"), gradients(torch.float32, None)
+    exact = gradients(torch.float64, None)
+    assert found.keys() == exact.keys()
+    for name, value in exact.items():
+        if value.norm() > ROUNDING:
+            assert_close_to_exact(found[name], value, low[name], reduced=64 * 64, name=name)
+
+
+def test_the_model_switches_and_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = VchitectTransformer(config_of()).double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     batch = (
@@ -95,12 +186,17 @@ def test_the_model_switches_and_refuses() -> None:
         torch.randn(2, 20).double(),
         torch.tensor([3.0, 900.0]),
     )
-    plain = model(*batch)
-    model.set_kernels("reference")
-    assert relative_error(model(*batch), plain) < 1e-10
+    assert not transformer.DEFAULT_KERNELS, "nothing was measured on a GPU: the plain block is the default"
+    exact = model(*batch)
+    monkeypatch.setitem(transformer.DEFAULT_KERNELS, "cpu", "reference")
+    by_default = model(*batch)
+    assert not torch.equal(by_default, exact) and relative_error(by_default, exact) < 1e-10
     model.set_kernels(None)
-    assert torch.equal(model(*batch), plain)
+    assert torch.equal(model(*batch), exact), "a choice stands above the default"
+    monkeypatch.delitem(transformer.DEFAULT_KERNELS, "cpu")
+    model.set_kernels("reference")
+    assert torch.equal(model(*batch), by_default)
+    model.set_kernels(None)
+    assert torch.equal(model(*batch), exact)
     with pytest.raises(UserError, match="unknown"):
         model.set_kernels("tritn")
-    with pytest.raises(UserError, match="all three branches"):
-        VchitectTransformer(CONFIG, Branches(cross=False)).set_kernels("reference")

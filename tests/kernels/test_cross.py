@@ -118,7 +118,7 @@ def test_writes_into_slices_of_given_buffers(device: torch.device) -> None:
     out, text_out, *gradients = run(triton, inputs, douts)
     buffers = [torch.full((*x.shape[:-2], 3, *x.shape[-2:]), 0.5, dtype=x.dtype, device=device) for x in inputs]
     slots = [x[..., 1, :, :] for x in buffers]
-    lse = launch_forward(*inputs, *slots[:2])
+    lse = launch_forward(tuple(inputs), *slots[:2])
     assert torch.equal(slots[0], out) and torch.equal(slots[1], text_out)
     launch_backward(tuple(douts), (*inputs, out, text_out, lse), tuple(slots))
     assert all(map(torch.equal, slots, gradients))

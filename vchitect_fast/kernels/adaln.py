@@ -2,11 +2,13 @@
 
     forward    xhat = (x - mean) rstd;  y = xhat (1 + scale) + shift        shift, scale [B, D]: one row a sample
     backward   g = dy (1 + scale);  dx = rstd (g - mean(g) - xhat mean(g xhat));  dshift = sum dy;  dscale = sum dy xhat
+               RESIDUAL: dx += residual, the gradient of x's other reader, and total = sum dx (the bias gradient behind x)
 mean and the variance are of one row, in fp32, as is all between load and store; the sums run over the rows of one sample.
 Saved: x (the residual, which the block keeps anyway), scale, and mean and rstd in fp32 [B, L].
 dshift and dscale: every program sums its rows into one fp32 row, one sum in a fixed order adds those; no atomics.
-Bytes, e the element size: forward 2 B L D e, backward 3 B L D e plus 16 B L D / 32 for the partials; over the memory's
-speed that is the floor. One tile holds whole rows, so D <= 4096. Source: Peebles & Xie 2023.
+Bytes, e the element size: forward 2 B L D e, backward 3 B L D e plus 16 B L D / 32 for the partials (with the residual one
+pass and half of those more); over the memory's speed that is the floor. One tile holds whole rows, so D <= 4096.
+Source: Peebles & Xie 2023.
 B samples, L rows of one sample, D columns.
 """
 
@@ -69,18 +71,23 @@ def _backward_kernel(
     scale_ptr,
     mean_ptr,
     rstd_ptr,
+    residual_ptr,
     dx_ptr,
     dshift_ptr,
     dscale_ptr,
+    total_ptr,
     stride_dyb,
     stride_dyl,
     stride_xb,
     stride_xl,
     stride_scaleb,
+    stride_residualb,
+    stride_residuall,
     stride_dxb,
     stride_dxl,
     num_rows,
     num_columns,
+    RESIDUAL: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -92,6 +99,8 @@ def _backward_kernel(
     is_column = d < num_columns
     factor = load_vector(scale_ptr, b, stride_scaleb, d, is_column) + 1.0
     dshift, dscale = tl.zeros((1, BLOCK_D), tl.float32), tl.zeros((1, BLOCK_D), tl.float32)
+    if RESIDUAL:
+        total = tl.zeros((1, BLOCK_D), tl.float32)
     for block in range(NUM_BLOCKS):
         row = (chunk * NUM_BLOCKS + block) * BLOCK_L + tl.arange(0, BLOCK_L)[:, None]
         is_row = row < num_rows
@@ -102,11 +111,16 @@ def _backward_kernel(
         rstd = tl.load(rstd_ptr + b * num_rows + row, mask=is_row, other=0.0)
         xhat = tl.where(is_column, (x - mean) * rstd, 0.0)
         dx = norm_gradient(dy * factor, xhat, rstd, num_columns)
+        if RESIDUAL:
+            dx += load_tile(residual_ptr, b, row, d, stride_residualb, stride_residuall, inside)
+            total += tl.sum(dx, axis=0, keep_dims=True)  # 0 in rows beyond the end
         store_tile(dx_ptr, dx, b, row, d, stride_dxb, stride_dxl, inside)
         dshift += tl.sum(dy, axis=0, keep_dims=True)
         dscale += tl.sum(dy * xhat, axis=0, keep_dims=True)
     tl.store(dshift_ptr + pid * num_columns + d, dshift, mask=is_column)
     tl.store(dscale_ptr + pid * num_columns + d, dscale, mask=is_column)
+    if RESIDUAL:
+        tl.store(total_ptr + pid * num_columns + d, total, mask=is_column)
 
 
 def forward_into(
@@ -136,33 +150,47 @@ def forward_into(
 
 
 def backward_into(
-    dy_BLD: Tensor, x_BLD: Tensor, scale_BD: Tensor, mean_BL: Tensor, rstd_BL: Tensor, dx_BLD: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Launch the backward; dx may be dy itself. Returns dshift and dscale [B, D] in fp32. Nothing is checked."""
+    dy_BLD: Tensor,
+    x_BLD: Tensor,
+    scale_BD: Tensor,
+    mean_BL: Tensor,
+    rstd_BL: Tensor,
+    dx_BLD: Tensor,
+    residual_BLD: Tensor | None = None,
+) -> Tensor:
+    """Launch the backward, dx may be dy or the residual. Nothing is checked.
+
+    Returns partial sums [2 or 3, B, programs of a sample, D] in fp32: dshift, dscale, and with a residual total.
+    """
     B, L, D = x_BLD.shape
     tile = tiles.rows_backward(D)
     num_chunks = triton.cdiv(L, tile.block_rows * tile.num_blocks)
-    partial = x_BLD.new_empty(2, B, num_chunks, D, dtype=torch.float32)
+    partial = x_BLD.new_empty(2 if residual_BLD is None else 3, B, num_chunks, D, dtype=torch.float32)
+    residual = dx_BLD if residual_BLD is None else residual_BLD
     _backward_kernel[(B * num_chunks,)](
         dy_BLD,
         x_BLD,
         scale_BD,
         mean_BL,
         rstd_BL,
+        residual,
         dx_BLD,
-        *partial,
+        *partial[:2],
+        partial[-1],
         *dy_BLD.stride()[:2],
         *x_BLD.stride()[:2],
         scale_BD.stride(0),
+        *residual.stride()[:2],
         *dx_BLD.stride()[:2],
         L,
         D,
+        RESIDUAL=residual_BLD is not None,
         NUM_BLOCKS=tile.num_blocks,
         BLOCK_L=tile.block_rows,
         BLOCK_D=triton.next_power_of_2(D),
         num_warps=tile.num_warps,
     )
-    return partial[0].sum(1), partial[1].sum(1)  # two sums: the outputs of an op must not share storage
+    return partial
 
 
 def _launch_forward(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,7 +203,8 @@ def _launch_backward(
     dy_BLD: Tensor, x_BLD: Tensor, scale_BD: Tensor, mean_BL: Tensor, rstd_BL: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = x_BLD.new_empty(x_BLD.shape)
-    dshift, dscale = backward_into(dy_BLD, x_BLD, scale_BD, mean_BL, rstd_BL, dx)
+    partial = backward_into(dy_BLD, x_BLD, scale_BD, mean_BL, rstd_BL, dx)
+    dshift, dscale = (one.sum(1) for one in partial)  # two sums: the outputs of an op must not share storage
     return dx, dshift.to(scale_BD.dtype), dscale.to(scale_BD.dtype)
 
 
@@ -230,11 +259,15 @@ def aot_variants() -> list[Variant]:
         label = f"adaln forward {dtype} D={D}"
         variants.append(Variant(_forward_kernel, signature | {"eps": "fp32"}, constants, tile.num_warps, label))
         tile = tiles.rows_backward(D)
-        signature = pointers(low, "dy", "x", "scale", "dx") | pointers(fp32, "mean", "rstd", "dshift", "dscale") | sizes
-        signature |= {f"stride_{name}": "i32:16" for name in ("dyb", "dyl", "xb", "xl", "scaleb", "dxb", "dxl")}
-        constants = {"NUM_BLOCKS": tile.num_blocks, "BLOCK_L": tile.block_rows, "BLOCK_D": block_d}
-        label = f"adaln backward {dtype} D={D}"
-        variants.append(Variant(_backward_kernel, signature, constants, tile.num_warps, label))
+        signature = pointers(low, "dy", "x", "scale", "residual", "dx") | sizes
+        signature |= pointers(fp32, "mean", "rstd", "dshift", "dscale", "total")
+        strides = ("dyb", "dyl", "xb", "xl", "scaleb", "residualb", "residuall", "dxb", "dxl")
+        signature |= {f"stride_{name}": "i32:16" for name in strides}
+        for residual in (False, True):
+            constants = {"NUM_BLOCKS": tile.num_blocks, "BLOCK_L": tile.block_rows, "BLOCK_D": block_d}
+            label = f"adaln backward {dtype} D={D}{' residual' if residual else ''}"
+            constants["RESIDUAL"] = residual
+            variants.append(Variant(_backward_kernel, signature, constants, tile.num_warps, label))
     return variants
 
 

@@ -28,6 +28,7 @@ OPS = [
     "bias_gelu",
     "cross",
     "gated_residual",
+    "gated_weight",
     "spatial",
     "temporal",
 ]

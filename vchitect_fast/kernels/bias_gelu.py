@@ -93,7 +93,8 @@ def _backward_kernel(
     tl.store(dbias_ptr + chunk * num_columns + d, tl.sum(total, axis=0, keep_dims=True), mask=d < num_columns)
 
 
-def _launch_forward(x_RD: Tensor, bias_D: Tensor) -> Tensor:
+def launch_forward(x_RD: Tensor, bias_D: Tensor) -> Tensor:
+    """Launch the forward. Nothing is checked."""
     R, D = x_RD.shape
     tile = tiles.BIAS_GELU_FORWARD
     y_RD = x_RD.new_empty(R, D)
@@ -113,11 +114,12 @@ def _launch_forward(x_RD: Tensor, bias_D: Tensor) -> Tensor:
     return y_RD
 
 
-def _launch_backward(dy_RD: Tensor, x_RD: Tensor, bias_D: Tensor) -> tuple[Tensor, Tensor]:
+def backward_into(dy_RD: Tensor, x_RD: Tensor, bias_D: Tensor, dx_RD: Tensor) -> Tensor:
+    """Launch the backward; dx may be dy itself. Returns dbias in fp32. Nothing is checked."""
     R, D = x_RD.shape
     tile = tiles.BIAS_GELU_BACKWARD
     num_chunks = triton.cdiv(R, tile.block_rows * tile.num_blocks)
-    dx_RD, partial = x_RD.new_empty(R, D), x_RD.new_empty(num_chunks, D, dtype=torch.float32)
+    partial = x_RD.new_empty(num_chunks, D, dtype=torch.float32)
     _backward_kernel[(num_chunks * triton.cdiv(D, tile.block_columns),)](
         dy_RD,
         x_RD,
@@ -134,7 +136,13 @@ def _launch_backward(dy_RD: Tensor, x_RD: Tensor, bias_D: Tensor) -> tuple[Tenso
         BLOCK_D=tile.block_columns,
         num_warps=tile.num_warps,
     )
-    return dx_RD, partial.sum(0).to(bias_D.dtype)
+    return partial.sum(0)
+
+
+def _launch_backward(dy_RD: Tensor, x_RD: Tensor, bias_D: Tensor) -> tuple[Tensor, Tensor]:
+    dx_RD = x_RD.new_empty(x_RD.shape)
+    dbias = backward_into(dy_RD, x_RD, bias_D, dx_RD)
+    return dx_RD, dbias.to(bias_D.dtype)
 
 
 def _fake_forward(x_RD: Tensor, bias_D: Tensor) -> Tensor:
@@ -145,7 +153,7 @@ def _fake_backward(dy_RD: Tensor, x_RD: Tensor, bias_D: Tensor) -> tuple[Tensor,
     return x_RD.new_empty(x_RD.shape), bias_D.new_empty(bias_D.shape)
 
 
-_forward = register("bias_gelu_forward", "(Tensor x, Tensor bias) -> Tensor", _launch_forward, _fake_forward)
+_forward = register("bias_gelu_forward", "(Tensor x, Tensor bias) -> Tensor", launch_forward, _fake_forward)
 _backward = register(
     "bias_gelu_backward", "(Tensor dy, Tensor x, Tensor bias) -> (Tensor, Tensor)", _launch_backward, _fake_backward
 )

@@ -6,7 +6,7 @@
 Visual and text queries lie in their own buffers and are never concatenated; the programs of the first blocks read the one,
 the rest the other. Few keys and very many queries: a backward that is parallel over keys alone runs three programs a head.
 Here dk and dv are split over chunks of queries into fp32 partials and summed in a fixed order; dq has a kernel of its own
-that also leaves delta for the other. No atomics: the same inputs give the same bits.
+that also leaves delta for the other, and a last one adds up the partials. No atomics: the same inputs give the same bits.
 Price: 7 products where one fused loop would need 5 (its 2 x 333 x 64 fp32 sums a head fill 2/3 of the registers of an SM).
 
 R = B T (S + N) rows, e the element size. Saved beside q, k, v, o: lse, 4 R H bytes (3 % of q in bf16 at C = 64).
@@ -18,13 +18,10 @@ Useful share of the tiles at N = 333: forward and dq 333/336 (five blocks of 64 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vchitect_fast.errors import UserError
 from vchitect_fast.kernels import _check, tiles
@@ -47,10 +44,8 @@ from vchitect_fast.kernels._flash import (
     tail_of,
     variant,
 )
-from vchitect_fast.kernels._op import register, rows
+from vchitect_fast.kernels._two_sources import Tensors, attention_op
 from vchitect_fast.kernels.aot import Variant
-
-Tensors = tuple[Tensor, ...]
 
 
 @triton.jit
@@ -247,12 +242,33 @@ def _dkv_kernel(
     store_rows(partial_dv, dv, b, chunk, h, key, num_text, 1, False, True, HEAD_DIM)
 
 
-def launch_forward(q: Tensor, text_q: Tensor, k: Tensor, v: Tensor, out: Tensor, text_out: Tensor) -> Tensor:
-    """Write out and text_out (any strides, last dim contiguous); returns lse [B, H, T (S + N)] in fp32, visual first."""
+@triton.jit
+def _sum_kernel(
+    partial_dk, partial_dv, dk, dv, num_text, num_heads, num_chunks, ADD_TEXT: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    """The chunks of one key's dk and dv in their order, into the gradient's buffer or onto what it holds."""
+    pid = tl.program_id(0).to(tl.int64)
+    h, key, b = pid % num_heads, pid // num_heads % num_text, pid // (num_heads * num_text)
+    row = key + tl.zeros((1,), tl.int64)
+    total_k = tl.zeros((1, HEAD_DIM), tl.float32)
+    total_v = tl.zeros((1, HEAD_DIM), tl.float32)
+    for chunk in range(num_chunks):
+        total_k += load_rows(partial_dk, b, chunk, h, row, 0, 1, False, True, HEAD_DIM)
+        total_v += load_rows(partial_dv, b, chunk, h, row, 0, 1, False, True, HEAD_DIM)
+    store_rows(dk, total_k, b, 0, h, row, num_text, 1, ADD_TEXT, True, HEAD_DIM)
+    store_rows(dv, total_v, b, 0, h, row, num_text, 1, ADD_TEXT, True, HEAD_DIM)
+
+
+def launch_forward(inputs: Tensors, out: Tensor, text_out: Tensor) -> Tensor:
+    """From (q, text_q, k, v) into out and text_out (any strides, last dim contiguous).
+
+    Returns lse [B, H, T (S + N)] in fp32, visual first.
+    """
+    q, text_q, k, v = inputs
     B, T, S, H, C = q.shape
     N = k.shape[1]
     tile = tiles.flash("forward", C, q.element_size())
-    lse = torch.empty(B, H, T * (S + N), dtype=torch.float32, device=q.device)
+    lse = torch.empty(_lse_shape(inputs), dtype=torch.float32, device=q.device)
     num_blocks = triton.cdiv(T * S, tile.block_queries) + triton.cdiv(T * N, tile.block_queries)
     _forward_kernel[(B * H * num_blocks,)](
         *(source(x) for x in (q, text_q, k[:, None], v[:, None], out, text_out)),
@@ -310,57 +326,21 @@ def launch_backward(douts: Tensors, saved: Tensors, gradients: Tensors, *, add_t
         TEXT_TAIL=tail_of(T * N, tile.block_queries),
         **tile.options(),
     )
-    for gradient, total in zip((dk, dv), partial.sum(2), strict=True):
-        gradient.add_(total) if add_text else gradient.copy_(total)
+    _sum_kernel[(B * N * H,)](
+        *(source(x) for x in (partial[0], partial[1], dk[:, None], dv[:, None])),
+        *(N, H, num_chunks),
+        ADD_TEXT=add_text,
+        HEAD_DIM=C,
+        num_warps=1,
+    )
 
 
-def _op_forward(q: Tensor, text_q: Tensor, k: Tensor, v: Tensor) -> Tensors:
-    out, text_out = q.new_empty(q.shape), q.new_empty(text_q.shape)
-    return out, text_out, launch_forward(q, text_q, k, v, out, text_out)
+def _lse_shape(inputs: Tensors) -> tuple[int, ...]:
+    B, T, S, H, _ = inputs[0].shape
+    return B, H, T * (S + inputs[1].shape[2])
 
 
-def _fake_forward(q: Tensor, text_q: Tensor, k: Tensor, v: Tensor) -> Tensors:
-    B, T, S, H, _ = q.shape
-    lse = q.new_empty(B, H, T * (S + text_q.shape[2]), dtype=torch.float32)
-    return q.new_empty(q.shape), q.new_empty(text_q.shape), lse
-
-
-def _op_backward(dout: Tensor, dtext_out: Tensor, *saved: Tensor) -> Tensors:
-    gradients = tuple(x.new_empty(x.shape) for x in saved[:4])
-    launch_backward((dout, dtext_out), saved, gradients)
-    return gradients
-
-
-def _fake_backward(dout: Tensor, dtext_out: Tensor, *saved: Tensor) -> Tensors:
-    return tuple(x.new_empty(x.shape) for x in saved[:4])
-
-
-_forward = register(
-    "cross_forward",
-    "(Tensor q, Tensor text_q, Tensor k, Tensor v) -> (Tensor, Tensor, Tensor)",
-    _op_forward,
-    _fake_forward,
-)
-_backward = register(
-    "cross_backward",
-    "(Tensor dout, Tensor dtext_out, Tensor q, Tensor text_q, Tensor k, Tensor v, Tensor out, Tensor text_out, "
-    "Tensor lse) -> (Tensor, Tensor, Tensor, Tensor)",
-    _op_backward,
-    _fake_backward,
-)
-
-
-class _Cross(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        out, text_out, lse = _forward(*inputs)
-        ctx.save_for_backward(*inputs, out, text_out, lse)
-        return out, text_out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor, dtext_out: Tensor) -> Tensors:
-        return _backward(rows(dout), rows(dtext_out), *ctx.saved_tensors)
+_attention = attention_op("cross", ("q", "text_q", "k", "v"), (0, 1), launch_forward, launch_backward, _lse_shape)
 
 
 def aot_variants() -> list[Variant]:
@@ -375,7 +355,18 @@ def aot_variants() -> list[Variant]:
             else:
                 constants |= {"TAIL": tail_of(333, tile.block_keys)} | ({"ADD_TEXT": True} if name == "dq" else {})
             variants.append(variant(kernel, dtype, constants, tile, f"cross {name} {dtype} C={C}"))
+        variants.append(_sum_variant(dtype, C))
     return variants
+
+
+def _sum_variant(dtype: str, C: int) -> Variant:
+    strides = 4 * ("i32:16",)
+    types: dict[str, str | tuple[str, ...]] = {
+        **dict.fromkeys(("partial_dk", "partial_dv"), ("*fp32:16", *strides)),
+        **dict.fromkeys(("dk", "dv"), (f"*{dtype}:16", *strides)),
+        **dict.fromkeys(("num_text", "num_heads", "num_chunks"), "i32"),
+    }
+    return Variant(_sum_kernel, types, {"ADD_TEXT": True, "HEAD_DIM": C}, 1, f"cross sum {dtype} C={C}")
 
 
 def cross_attention(q_BTSHC: Tensor, text_q_BTNHC: Tensor, k_BNHC: Tensor, v_BNHC: Tensor) -> tuple[Tensor, Tensor]:
@@ -393,4 +384,4 @@ def cross_attention(q_BTSHC: Tensor, text_q_BTNHC: Tensor, k_BNHC: Tensor, v_BNH
     _check.tensor(op, "text_q", text_q_BTNHC, (B, T, None, H, C), like=q_BTSHC)
     for name, x in (("k", k_BNHC), ("v", v_BNHC)):
         _check.tensor(op, name, x, (B, text_q_BTNHC.shape[2], H, C), like=q_BTSHC)
-    return _Cross.apply(q_BTSHC, text_q_BTNHC, k_BNHC, v_BNHC)
+    return _attention(q_BTSHC, text_q_BTNHC, k_BNHC, v_BNHC)

@@ -20,13 +20,10 @@ Not done: dropout, masks, a scale other than 1/sqrt(C).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vchitect_fast.errors import UserError
 from vchitect_fast.kernels import _check, tiles
@@ -48,10 +45,8 @@ from vchitect_fast.kernels._flash import (
     tail_of,
     variant,
 )
-from vchitect_fast.kernels._op import register, rows
+from vchitect_fast.kernels._two_sources import Tensors, attention_op
 from vchitect_fast.kernels.aot import Variant
-
-Tensors = tuple[Tensor, ...]
 
 
 @triton.jit
@@ -273,9 +268,9 @@ def launch_forward(inputs: Tensors, out: Tensor, text_out: Tensor) -> Tensor:
     Returns lse [B, T, H, S + N] in fp32, visual first.
     """
     q, text_q = inputs[0], inputs[3]
-    B, T, S, H, C = q.shape
+    C = q.shape[-1]
     tile = tiles.flash("forward", C, q.element_size())
-    lse = torch.empty(B, T, H, S + text_q.shape[2], dtype=torch.float32, device=q.device)
+    lse = torch.empty(_lse_shape(inputs), dtype=torch.float32, device=q.device)
     _forward_kernel[_grid(q, text_q, tile.block_queries)](
         *(source(x) for x in (*inputs, out, text_out)),
         lse,
@@ -314,50 +309,14 @@ def launch_backward(douts: Tensors, saved: Tensors, gradients: Tensors, *, add_t
     )
 
 
-def _op_forward(*inputs: Tensor) -> Tensors:
-    out, text_out = inputs[0].new_empty(inputs[0].shape), inputs[3].new_empty(inputs[3].shape)
-    return out, text_out, launch_forward(inputs, out, text_out)
+def _lse_shape(inputs: Tensors) -> tuple[int, ...]:
+    B, T, S, H, _ = inputs[0].shape
+    return B, T, H, S + inputs[3].shape[2]
 
 
-def _fake_forward(*inputs: Tensor) -> Tensors:
-    q, text_q = inputs[0], inputs[3]
-    B, T, S, H, _ = q.shape
-    lse = q.new_empty(B, T, H, S + text_q.shape[2], dtype=torch.float32)
-    return q.new_empty(q.shape), text_q.new_empty(text_q.shape), lse
-
-
-def _op_backward(dout: Tensor, dtext_out: Tensor, *saved: Tensor) -> Tensors:
-    gradients = tuple(x.new_empty(x.shape) for x in saved[:6])
-    launch_backward((dout, dtext_out), saved, gradients)
-    return gradients
-
-
-def _fake_backward(dout: Tensor, dtext_out: Tensor, *saved: Tensor) -> Tensors:
-    return tuple(x.new_empty(x.shape) for x in saved[:6])
-
-
-_INPUTS = ", ".join(f"Tensor {name}" for name in ("q", "k", "v", "text_q", "text_k", "text_v"))
-_forward = register("spatial_forward", f"({_INPUTS}) -> (Tensor, Tensor, Tensor)", _op_forward, _fake_forward)
-_backward = register(
-    "spatial_backward",
-    f"(Tensor dout, Tensor dtext_out, {_INPUTS}, Tensor out, Tensor text_out, Tensor lse) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _op_backward,
-    _fake_backward,
+_attention = attention_op(
+    "spatial", ("q", "k", "v", "text_q", "text_k", "text_v"), (0, 3), launch_forward, launch_backward, _lse_shape
 )
-
-
-class _Spatial(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        out, text_out, lse = _forward(*inputs)
-        ctx.save_for_backward(*inputs, out, text_out, lse)
-        return out, text_out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor, dtext_out: Tensor) -> Tensors:
-        return _backward(rows(dout), rows(dtext_out), *ctx.saved_tensors)
 
 
 def aot_variants() -> list[Variant]:
@@ -391,4 +350,4 @@ def spatial_attention(
     for source_name, tensors, num_rows in (("visual", visual, S), ("text", text, text[0].shape[2])):
         for name, x in zip("kv", tensors[1:], strict=True):
             _check.tensor(op, f"{source_name} {name}", x, (B, T, num_rows, H, C), like=q)
-    return _Spatial.apply(*visual, *text)
+    return _attention(*visual, *text)

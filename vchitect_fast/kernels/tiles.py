@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# ---- elementwise over [rows, columns] with column sums: bias_gelu ----------------------------------------------------
+# ---- elementwise over [rows, columns] with column sums: bias_gelu, gated_weight --------------------------------------
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,9 @@ class SheetTile:
 # Not measured. 16 fp32 values a thread; one fp32 partial row for 64 rows.
 BIAS_GELU_FORWARD = SheetTile(block_rows=4, block_columns=512, num_blocks=1, num_warps=4)
 BIAS_GELU_BACKWARD = SheetTile(block_rows=4, block_columns=512, num_blocks=16, num_warps=4)
+
+# Not measured. A program owns block_rows whole rows, block_columns at a time; 384 programs at 1536 rows.
+GATED_WEIGHT = SheetTile(block_rows=4, block_columns=512, num_blocks=1, num_warps=4)
 
 # ---- whole rows in one tile: adaln, gated_residual -------------------------------------------------------------------
 

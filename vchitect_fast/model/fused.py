@@ -3,8 +3,8 @@
     nx = modulated_norm(x);  q k v of all branches = one GEMM (7 visual, 3 text);  three attentions over two sources
     y = branch_sum([spatial | cross | temporal]);  x, nx = gated_residual_norm(x, y);  x = gated_residual(x, W2 gelu(W1 nx))
 Nothing concatenates visual and text rows. This is the composition under autograd: each op saves its own inputs, and the
-three branch outputs are copied once into the buffer that branch_sum reads. The hand-written forward and backward of the
-whole block, writing in place, is not here yet. blocks.py defines the answer; nothing here is fast until it is measured.
+three branch outputs are copied once into the buffer that branch_sum reads. The model runs handwritten.py instead; this stays
+as what the benchmark holds that against. blocks.py defines the answer.
 
 Letters: B batch, T frames, S visual tokens a frame, N text tokens, D hidden, H heads, C head dim.
 """

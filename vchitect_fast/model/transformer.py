@@ -24,12 +24,14 @@ from vchitect_fast.model import weights
 from vchitect_fast.model.blocks import AdaLN, Block, Branches, modulate
 from vchitect_fast.model.chunks import chunked_block
 from vchitect_fast.model.embed import PatchEmbed, TimeTextEmbed
-from vchitect_fast.model.fused import fused_block
+from vchitect_fast.model.handwritten import handwritten_block
 from vchitect_fast.offload.hooks import Saving
 from vchitect_fast.offload.policy import check_policy, effective, offloads
 from vchitect_fast.plan import RECOMPUTE, Policy
 
 ALL_BRANCHES = Branches()
+# Who computes the blocks on a type of device unless set_kernels says otherwise; {"cuda": "triton"} once it is measured.
+DEFAULT_KERNELS: dict[str, str] = {}
 SDPA = {"spatial": "sdpa", "temporal": "sdpa", "cross": "sdpa"}
 
 
@@ -57,7 +59,7 @@ class VchitectTransformer(nn.Module):
         self.attention_backend = dict(SDPA)
         self.kernels: str | None = None
         self.num_chunks = 1
-        self._branches = branches
+        self._chose_kernels = False
         self._initialise()
 
     def _initialise(self) -> None:
@@ -102,14 +104,14 @@ class VchitectTransformer(nn.Module):
         self.num_chunks = num_chunks
 
     def set_kernels(self, impl: str | None) -> None:
-        """Who computes a block: None = the plain modules of blocks.py, "triton" or "reference" = fused.py on those ops."""
+        """Who computes a block: None = the modules of blocks.py, "triton" or "reference" = handwritten.py on those steps."""
         if impl not in (None, "triton", "reference"):
             raise unknown_name("kernels", str(impl), ("triton", "reference"))
-        if impl and self._branches != ALL_BRANCHES:
+        if impl and self.num_chunks > 1:
             raise UserError(
-                f"the fused block computes all three branches, got {self._branches}; ablate without set_kernels."
+                f"kernels {impl!r} compute whole blocks, this model has {self.num_chunks} chunks; set_chunks(1) first."
             )
-        self.kernels = impl
+        self.kernels, self._chose_kernels = impl, True
 
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor, timestep: Tensor
@@ -131,12 +133,15 @@ class VchitectTransformer(nn.Module):
         text = self.context_embedder(encoder_hidden_states.to(dtype))
         c = text[:, None].expand(-1, T, -1, -1)  # the text stream is per frame from here on
         saving, saved_pass = self.saving, self.saving.new_pass()
+        kernels = self.kernels if self._chose_kernels else DEFAULT_KERNELS.get(x.device.type)
         for index, policy in enumerate(effective(self.policy, saving.keep_last)):
             block = cast(Block, self.transformer_blocks[index])
+            if kernels and self.num_chunks == 1:
+                by_hand = partial(handwritten_block, block, impl=kernels)
+                x, c = saving.run_grouped(by_hand, policy, index, saved_pass, x, c, temb)
+                continue
             if self.num_chunks > 1:
                 run = partial(chunked_block, block, backend=self.attention_backend, num_chunks=self.num_chunks)
-            elif self.kernels:
-                run = partial(fused_block, block, impl=self.kernels)
             else:
                 run = partial(block, backend=self.attention_backend)
             x, c = saving.run_block(run, policy, index, saved_pass, x, c, temb)

@@ -3,6 +3,7 @@
     saving = Saving(Engine(budget_bytes))          or Saving() when nothing is offloaded
     saved_pass = saving.new_pass()                 one forward of a model; several may come before a backward
     x, c = saving.run_block(run, policy, index, saved_pass, x, c, temb)
+    x, c = saving.run_grouped(run, ...)            the same for a block that names and rebuilds its groups itself
     with saving.step(): ...                        around forwards and backwards, so that a failed one leaves nothing
     with saving.anonymous("encoder", min_bytes):   every tensor that a module which is not ours saves is moved
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -32,6 +33,7 @@ from vchitect_fast.offload.policy import KEEP_LAST, WHOLE, check_policy, offload
 from vchitect_fast.plan import KEEP, OFFLOAD, RECOMPUTE, Policy
 
 Run = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+GroupedRun = Callable[..., tuple[Tensor, Tensor | None]]
 DEPTH = 1  # bundles fetched ahead of use
 
 
@@ -113,6 +115,24 @@ class Saving:
         block.check_complete()
         return out
 
+    def run_grouped(
+        self, run: GroupedRun, policy: Policy, index: int, saved_pass: Pass | None, x: Tensor, c: Tensor, temb: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """As run_block, for a block whose own backward rebuilds what it did not save: no checkpoint, no second forward.
+
+        run(x, c, temb, policy=, hand_over=) leaves out the groups to recompute, and saves the others inside
+        hand_over(names), which tells what becomes of them; without it they stay with autograd.
+        """
+        if not torch.is_grad_enabled() or (policy == Policy.keep() and not self.count):
+            return run(x, c, temb)
+        check_policy(policy, index)
+        if offloads(policy) and saved_pass is None:
+            raise UserError(f"block {index} is to be offloaded and there is no engine; give Saving an Engine.")
+        if offloads(policy) and torch.compiler.is_compiling():
+            raise UserError(f"block {index} is to be offloaded inside torch.compile; offload outside of it.")
+        hand_over = _Block(self, policy, index, saved_pass).hand_over if offloads(policy) or self.count else None
+        return run(x, c, temb, policy=policy, hand_over=hand_over)
+
     @contextmanager
     def anonymous(self, label: str, min_bytes: int = 2**20) -> Iterator[None]:
         """Move every saved tensor of at least `min_bytes` that is not a parameter's; views and aliases of one storage once."""
@@ -185,6 +205,15 @@ class _Block:
     def unpack_input(self, held: Any) -> Tensor:
         """What pack_input was given."""
         return held if isinstance(held, Tensor) else self.restore(held)
+
+    def hand_over(self, names: Sequence[str]) -> saved_tensors_hooks:
+        """Hooks for a block that saves tensors of these groups in this order, and then what is not to be moved."""
+        left = list(reversed(names))
+
+        def pack(tensor: Tensor) -> Any:
+            return self.save(left.pop(), tensor) if left else tensor
+
+        return saved_tensors_hooks(pack, self.unpack_input)
 
     def save(self, name: str, tensor: Tensor) -> Any:
         """The tensor with its version, a Handle of the engine, or None to compute it again."""
