@@ -117,3 +117,7 @@ def test_what_does_not_go_together() -> None:
     model.set_kernels("reference")
     with pytest.raises(UserError, match="4 chunks is plain torch, got kernels 'reference'"):
         model.set_chunks(4)
+    model.set_kernels(None)
+    model.set_chunks(4)
+    with pytest.raises(UserError, match="kernels 'triton' compute whole blocks, this model has 4 chunks"):
+        model.set_kernels("triton")
