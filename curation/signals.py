@@ -32,7 +32,6 @@ THUMB = 128  # short side in pixels
 LAYOUT = 8  # cells a side
 TRANSNET_STEP = 50  # its windows of 100 frames begin every 50, and the middle 50 count
 TRANSNET_AFTER = 75  # frames after one that counts, to which its window may reach
-DECODERS = 2  # threads of the decoder: the same frames and CPU time, and the next one is ready when this one is done
 VERSION = 2  # raised whenever the same file gives other signals
 
 
@@ -93,7 +92,7 @@ class Signals:
 
 
 def scan(
-    source: Source, chunk: int = 0, *, transnet: Any = None, threads: int = DECODERS, on_frame: Callable[[], None] = lambda: None
+    source: Source, chunk: int = 0, *, transnet: Any = None, on_frame: Callable[[], None] = lambda: None
 ) -> Signals:  # fmt: skip
     """Decode chunk `chunk` of a video once. `transnet` takes frames as curation/transnet.py's TransNet does.
 
@@ -115,7 +114,7 @@ def scan(
     inside: list[bool] = []  # of the frames that TransNet has seen, which belong to the chunk
     last: Any = None
     try:
-        with open_video(source.path, threads) as container:
+        with open_video(source.path) as container:
             for time, frame in frames_from(container, max(0.0, start) if chunk else 0.0):
                 if time >= end:
                     break

@@ -25,8 +25,11 @@ from real_video import bikes, truncate
 from vchitect_fast.cli import main
 from vchitect_fast.curation.engines import ATTEMPTS, Outcome
 from vchitect_fast.curation.engines.local import WORKER_BYTES, LocalEngine
+from vchitect_fast.curation.frames import BadVideo
 from vchitect_fast.curation.inputs import find_videos
+from vchitect_fast.curation.probe import probe
 from vchitect_fast.curation.shots import Shot
+from vchitect_fast.curation.signals import scan
 from vchitect_fast.curation.stitch import Event, cut_long
 from vchitect_fast.curation.store import Store, read_table
 
@@ -95,6 +98,19 @@ def test_flipped_bytes_end_in_quarantine_or_in_clips_that_decode(tmp_path: Path,
     for name, last in good.items():
         assert decodes_cleanly(tmp_path / "videos" / name, last + 1), name
     assert workers.peak_bytes < WORKER_BYTES
+
+
+def test_damage_that_a_decoder_paints_over_is_seen_every_time(tmp_path: Path) -> None:
+    """1000 bytes of bikes.mp4: one frame is painted over. FFmpeg's frame threads report it in half of the runs."""
+    content = bytearray(bikes().read_bytes())
+    for at in range(200_000, 201_000):
+        content[at] ^= 85
+    (tmp_path / "painted.mp4").write_bytes(content)
+    assert not decodes_cleanly(tmp_path / "painted.mp4", 250)
+    source = probe(str(tmp_path / "painted.mp4"))
+    for _ in range(10):
+        with pytest.raises(BadVideo, match=r"the frame at 3\.880 s is corrupt"):
+            scan(source)
 
 
 def test_truncated_files_are_named(tmp_path: Path, workers: Watched) -> None:
