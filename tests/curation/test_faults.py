@@ -34,6 +34,15 @@ from vchitect_fast.curation.stitch import Event, cut_long
 from vchitect_fast.curation.store import Store, read_table
 
 
+def peak_bytes(process: int) -> int:
+    """Most memory that a process ever held; 0 for one that has died."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM")), 0)
+
+
 class Watched(LocalEngine):
     """Remembers how much memory a worker took at most."""
 
@@ -42,8 +51,7 @@ class Watched(LocalEngine):
     def run(self, *arguments: Any, **more: Any) -> Iterator[Outcome]:
         for outcome in super().run(*arguments, **more):
             for worker in self._workers:
-                status = Path(f"/proc/{worker.process.pid}/status").read_text()
-                self.peak_bytes = max(self.peak_bytes, int(status.split("VmHWM:")[1].split()[0]) << 10)
+                self.peak_bytes = max(self.peak_bytes, peak_bytes(worker.process.pid))
             yield outcome
 
 
