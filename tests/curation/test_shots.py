@@ -235,6 +235,33 @@ def test_every_fade_is_one_transition(tmp_path: Path, level: int) -> None:
     assert all(any(b <= edge[0] and edge[1] <= c for edge in between) for b, c in found)
 
 
+def test_a_fade_over_long_black_is_one_transition(tmp_path: Path) -> None:
+    edit, shots = Edit(), synthetic.shots()
+    edit.cut_to(list(moving(shots["bunny"], 40)))
+    coming = list(moving(shots["bikes3"], 48))
+    edit.fade_through(0, list(moving(shots["bunny"], 8, 40)), coming[:8], 60)
+    edit.frames += coming[8:]
+    found = transitions(*scanned(synthetic.write(tmp_path / "v.mp4", edit.frames)))
+    assert len(found) == 1 and overlap(found[0], edit.gradual[0]) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("parts", "found"),
+    [
+        ((1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6), True),  # a dissolve
+        ((0.05, 0.2, 0.5, 0.8, 0.95), True),  # one that eases in and out
+        ((0.05, 0.1, 0.15, 0.85, 0.95), False),  # a cut between pictures that drift towards each other
+        ((0.0, 0.0, 0.0, 1.0, 1.0), False),  # a cut
+        ((0.3, 0.6, 0.4, 0.7, 0.9), False),  # to and fro
+    ],
+)
+def test_only_even_progress_is_a_dissolve(parts: tuple[float, ...], found: bool) -> None:
+    """Every second of 13 layouts lies that far on the way from black to grey."""
+    layout = np.zeros((13, 192), np.float32)
+    layout[2:12:2], layout[12] = 100 * np.array(parts)[:, None], 100
+    assert module._mixtures(layout, 6) == ([(0, 12)] if found else [])
+
+
 def test_black_for_long_is_a_shot_and_a_black_video_has_one(tmp_path: Path) -> None:
     black = [np.zeros((144, 256, 3), np.uint8)]
     shot = list(synthetic.shots()["bikes1"][:30])
