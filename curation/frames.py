@@ -42,6 +42,8 @@ def open_video(path: str) -> Iterator[Any]:
         if not container.streams.video:
             raise BadVideo("it has no video stream")
         context = container.streams.video[0].codec_context
+        if context is None:
+            raise BadVideo("there is no decoder for its video stream")
         # FFmpeg paints over damage by default; a clip that training would refuse must not be kept.
         context.options = {"err_detect": "explode"}
         # With slice threads FFmpeg reports no damage at all, with frame threads not every time.

@@ -55,7 +55,7 @@ def _patched(target: Path, *changes: tuple[bytes, int, bytes]) -> Path:
     """carphone with bytes replaced at an offset in a box's payload."""
     content = bytearray(carphone().read_bytes())
     for box, offset, new in changes:
-        at = content.index(box, content.index(b"moov")) + 4 + offset
+        at = content.index(box, content.index(b"trak" if box == b"avc1" else b"moov")) + 4 + offset
         content[at : at + len(new)] = new
     target.write_bytes(content)
     return target
@@ -77,6 +77,7 @@ def lying_headers(folder: Path) -> dict[str, str]:
             "truncated",
             [(b"stsz", 4, struct.pack(">II", 1, bomb)), (b"stsc", 4, struct.pack(">IIII", 1, 1, bomb, 1))],
         ),
+        "no such codec": ("there is no decoder", [(b"avc1", -4, b"xxxx")]),
         "2^32 ticks": ("", [(b"mvhd", 16, most), (b"mdhd", 16, most)]),
         "2^32 ticks a second": ("", [(b"mdhd", 12, most)]),
     }  # fmt: skip
