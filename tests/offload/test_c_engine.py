@@ -108,15 +108,15 @@ def test_threads_share_one_engine() -> None:
 
 
 def test_waiting_leaves_the_interpreter_free() -> None:
-    """While one thread waits for 256 MiB to arrive, another must get to run Python."""
-    num_bytes = 256 * MIB
-    engine = _C.Engine(budget_bytes=num_bytes)
-    source = np.zeros(num_bytes, dtype=np.uint8)
-    ticket = engine.offload(source.ctypes.data, num_bytes)
+    """While one thread waits for copies that are held up, another must get to run Python."""
+    engine = _C.Engine(budget_bytes=16 * MIB, delay_us_max=100_000, seed=1)
+    source = np.zeros(MIB, dtype=np.uint8)
+    tickets = [engine.offload(source.ctypes.data, MIB) for _ in range(8)]
     ticks, waiting = 0, threading.Event()
 
     def wait() -> None:
-        engine.wait(ticket)
+        for ticket in tickets:
+            engine.wait(ticket)
         waiting.set()
 
     thread = threading.Thread(target=wait)
