@@ -166,7 +166,8 @@ def main() -> int:
     from vchitect_fast.benchmarks.record import Record, append, origin, results_file
     from vchitect_fast.benchmarks.timing import summary
 
-    shared = origin(f"python -m vchitect_fast.benchmarks.curation --rounds {args.rounds}")
+    chosen = f" --filter '{args.filter}'" if args.filter else ""
+    shared = origin(f"python -m vchitect_fast.benchmarks.curation --rounds {args.rounds}{chosen}")
     missed = 0
     with tempfile.TemporaryDirectory() as name:
         for shape, (video, video_s) in videos(Path(name), args.filter).items():
