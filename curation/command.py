@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from vchitect_fast.curation.engines import Engine
 
 EPILOG = """\
+instead of a video, a verb; each has its own --help:
+  what-if DIR   other rules on stored scores     compare DIR DIR   two sets side by side     report DIR   the page anew
+  export DIR    clips as files or shards         index TAR...      a manifest of shards made elsewhere
+
 settings (YAML, --config, or --set): a section a stage, `off` switches it off
   shots:  {backend: adaptive|transnet, adaptive_threshold: 3.0, min_content_val: 21.0, min_scene_frames: 15, gradual: true}
   stitch: {backend: layout|clip|viclip|none, weights: FOLDER, similarity: 0.6, max_seconds: 60}

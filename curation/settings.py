@@ -151,12 +151,9 @@ def from_dict(values: Mapping[str, Any]) -> Settings:
             raise unknown_name(f"{name}.backend", str(backend), backends)
         module, _, cls = backends[backend].partition(":")
         chosen.append(_built(getattr(importlib.import_module(f"vchitect_fast.curation.{module}"), cls), name, section))
-    chosen.sort(key=lambda stage: (stage.name == "caption", not isinstance(stage, SignalStage), stage.cost))
-    # What a stage reads must be there before it, whatever it costs.
-    ordered = sorted(
-        chosen, key=lambda stage: (stage.name == "caption", not isinstance(stage, SignalStage), bool(stage.reads))
-    )
-    stages = tuple(ordered)
+    # Signals before frames before captions; what reads other stages' scores behind them, whatever it costs.
+    chosen.sort(key=lambda s: (s.name == "caption", not isinstance(s, SignalStage), bool(s.reads), s.cost))
+    stages = tuple(chosen)
     return Settings(
         _built(ShotSettings, "shots", _mapping("shots", values.get("shots"))),
         _built(StitchSettings, "stitch", _mapping("stitch", values.get("stitch"))),

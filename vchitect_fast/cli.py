@@ -18,7 +18,10 @@ from vchitect_fast.errors import UserError, unknown_name
 COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("vchitect_fast.quickstart", "real videos to a plan, a training run, a sample and a report"),
     "doctor": ("vchitect_fast.doctor", "what this machine has, what each part can do with it, what to install"),
-    "curate": ("vchitect_fast.curation.command", "cut videos into clips and write their manifest"),
+    "curate": (
+        "vchitect_fast.curation.command",
+        "raw videos to a training set: clips, scores, verdicts with reasons, a report",
+    ),
     "autotune": ("vchitect_fast.autotune.command", "measure this machine and write the Plan that train obeys"),
     "memory": ("vchitect_fast.memory", "what a step keeps, moves to host memory and recomputes, byte by byte"),
     "train": ("vchitect_fast.train", "train a transformer by a Plan"),
