@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 import resource
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from queue import Empty, Queue
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -165,6 +167,46 @@ def frames_from(container: Any, start: float) -> Iterator[tuple[float, Any]]:
             whole = False
         if whole and given is not None:
             return
+
+
+@contextmanager
+def ahead(items: Iterator[Any], num: int = 2) -> Iterator[Iterator[Any]]:
+    """The same items, drawn in a thread up to `num` ahead of their use: decoding goes on while what came is looked at.
+
+    An exception comes after the items before it. Leaving the block ends the thread, also in the middle.
+    """
+    waiting: Queue[tuple[str, Any]] = Queue(num)
+    left = Event()
+
+    def draw() -> None:
+        try:
+            for item in items:
+                waiting.put(("item", item))
+                if left.is_set():
+                    return
+            waiting.put(("end", None))
+        except BaseException as error:
+            waiting.put(("error", error))
+
+    def handed() -> Iterator[Any]:
+        while True:
+            kind, value = waiting.get()
+            if kind == "error":
+                raise value
+            if kind == "end":
+                return
+            yield value
+
+    thread = Thread(target=draw, name="decode", daemon=True)
+    thread.start()
+    try:
+        yield handed()
+    finally:
+        left.set()
+        while thread.is_alive():  # it may wait for room
+            with suppress(Empty):
+                waiting.get_nowait()
+            thread.join(0.001)
 
 
 def _from_key(container: Any, seek_pts: int, start_pts: float) -> Iterator[Any]:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from vchitect_fast.curation.frames import BadVideo, frames_from, open_video, reason
+from vchitect_fast.curation.frames import BadVideo, ahead, frames_from, open_video, reason
 from vchitect_fast.curation.motion_rule import TOP_SHARE
 from vchitect_fast.curation.probe import Source
 
@@ -114,8 +114,11 @@ def scan(
     inside: list[bool] = []  # of the frames that TransNet has seen, which belong to the chunk
     last: Any = None
     try:
-        with open_video(source.path) as container:
-            for time, frame in frames_from(container, max(0.0, start) if chunk else 0.0):
+        with (
+            open_video(source.path) as container,
+            ahead(frames_from(container, max(0.0, start) if chunk else 0.0)) as frames,
+        ):
+            for time, frame in frames:
                 if time >= end:
                     break
                 if time < start:

@@ -5,6 +5,7 @@ Real frames of bikes.mp4, recoded so that every twelfth is a key frame. pytest t
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import synthetic
 from real_video import bikes, remux
 
 from vchitect_fast.curation import frames
-from vchitect_fast.curation.frames import BadVideo, clip_frames, frames_from, open_video, to_rgb
+from vchitect_fast.curation.frames import BadVideo, ahead, clip_frames, frames_from, open_video, to_rgb
 from vchitect_fast.curation.probe import probe
 from vchitect_fast.curation.stage import ClipSpan, Want
 
@@ -197,3 +198,31 @@ def test_a_seek_that_fails_on_the_way_goes_on_from_the_beginning(
         found = [(time, to_rgb(frame)) for time, frame in frames_from(container, times[40])]
     assert [time for time, _ in found] == times[36:]
     assert all(np.array_equal(a, b) for (_, a), b in zip(found, pictures[36:], strict=True))
+
+
+def test_what_is_drawn_ahead_comes_in_order_and_its_error_last() -> None:
+    def items() -> Iterator[int]:
+        yield from range(20)
+        raise BadVideo("the end is missing")
+
+    seen = []
+    with pytest.raises(BadVideo, match="the end is missing"), ahead(items()) as drawn:
+        for item in drawn:
+            seen.append(item)
+    assert seen == list(range(20))
+
+
+def test_leaving_early_ends_the_thread_and_draws_little_more() -> None:
+    given = []
+
+    def items() -> Iterator[int]:
+        for item in range(1000):
+            given.append(item)
+            yield item
+
+    before = threading.active_count()
+    with ahead(items(), 2) as drawn:
+        assert [next(drawn), next(drawn)] == [0, 1]
+        assert len(given) <= 2 + 2 + 2  # used, waiting, and one in each hand
+    assert threading.active_count() == before
+    assert len(given) < 10
