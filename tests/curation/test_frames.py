@@ -205,10 +205,9 @@ def test_what_is_drawn_ahead_comes_in_order_and_its_error_last() -> None:
         yield from range(20)
         raise BadVideo("the end is missing")
 
-    seen = []
-    with pytest.raises(BadVideo, match="the end is missing"), ahead(items()) as drawn:
-        for item in drawn:
-            seen.append(item)
+    seen: list[int] = []
+    with ahead(items()) as drawn, pytest.raises(BadVideo, match="the end is missing"):
+        seen.extend(drawn)
     assert seen == list(range(20))
 
 
