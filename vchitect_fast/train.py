@@ -44,6 +44,7 @@ from vchitect_fast.offload.hooks import Saving
 from vchitect_fast.offload.policy import offload_budget_bytes
 from vchitect_fast.optimizer import MasterAdamW
 from vchitect_fast.plan import Plan
+from vchitect_fast.profiling.span import span, tell
 from vchitect_fast.resume import check_supported, only_process_in, resume, run_state, run_tensors
 from vchitect_fast.sample import Pipeline
 from vchitect_fast.train_console import Console, print_summary
@@ -73,6 +74,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         tensors, state = run_tensors(model, optimizer, ema), run_state(config, plan, model.config, clips)
         done, changed = resume(config, state, tensors)
         optimizer.copy_masters()
+        tell(model=model, optimizer=optimizer, ema=ema)
         pipeline = build_pipeline(config, plan, model, ema, device)
         open_data = partial(build_data, config, plan, pipeline)
         with (
@@ -89,7 +91,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
             if validate and not done:
                 console.validated(validate(0))
             while done < config.steps and not stop.requested:
-                record = step_once(done, data.batch(done))
+                with span("step", done + 1):
+                    with span("data/batch"):
+                        batch = data.batch(done)
+                    record = step_once(done, batch)
                 done += 1
                 log.write("step", done, **record)
                 console.stepped(done, record)
@@ -126,7 +131,8 @@ def save(
     run: Path, done: int, tensors: dict[str, Tensor], state: dict[str, Any], config: TrainConfig, log: Log
 ) -> Path:
     """Write the checkpoint of a step and log it."""
-    folder = checkpoint.save(run, done, tensors, state, config.keep_last)
+    with span("checkpoint/save"):
+        folder = checkpoint.save(run, done, tensors, state, config.keep_last)
     log.write("checkpoint", done, path=str(folder))
     return folder
 
@@ -212,31 +218,36 @@ class Step:
         clock = Clock(batch.latents.device)
         losses: list[Tensor] = []
         for micro in range(entry.accumulation):
-            rows = slice(micro * entry.microbatch, (micro + 1) * entry.microbatch)
-            latents = batch.latents[rows]
-            generator = generator_of(config.seed, step, micro)
-            sigma = draw_sigma(config.timestep_sampling, len(latents), config.shift, generator)
-            noise = torch.randn(latents.shape, generator=generator).to(latents)
-            text, pooled = drop_captions(
-                batch.text_embeds[rows], batch.pooled[rows], self.empty, config.caption_dropout, generator
-            )
+            with span("data/noise"):
+                rows = slice(micro * entry.microbatch, (micro + 1) * entry.microbatch)
+                latents = batch.latents[rows]
+                generator = generator_of(config.seed, step, micro)
+                sigma = draw_sigma(config.timestep_sampling, len(latents), config.shift, generator)
+                noise = torch.randn(latents.shape, generator=generator).to(latents)
+                text, pooled = drop_captions(
+                    batch.text_embeds[rows], batch.pooled[rows], self.empty, config.caption_dropout, generator
+                )
             with self.model.saving.step():
-                loss = flow_loss(self.model, latents, text, pooled, sigma, noise).mean() / entry.accumulation
-                clock.lap("forward_s")
-                loss.backward()
-                clock.lap("backward_s")
+                with span("forward/model"):
+                    loss = flow_loss(self.model, latents, text, pooled, sigma, noise).mean() / entry.accumulation
+                    clock.lap("forward_s")
+                with span("backward/model"):
+                    loss.backward()
+                    clock.lap("backward_s")
             losses.append(loss.detach())
         total = float(torch.stack(losses).sum())
         rate = learning_rate(config, step)
-        norm = float(self.optimizer.step(rate, config.clip_norm)) if math.isfinite(total) else math.nan
+        with span("optimizer/step"):
+            norm = float(self.optimizer.step(rate, config.clip_norm)) if math.isfinite(total) else math.nan
         if not math.isfinite(norm):
             clips = ", ".join(str(clip.path) for clip in batch.clips)
             raise UserError(
                 f"step {step + 1} has loss {total} and gradient norm {norm} (clips: {clips}), and was not taken; "
                 "lower learning_rate or look at these clips."
             )
-        self.ema.update(step)
-        clock.lap("optimizer_s")
+        with span("optimizer/average"):
+            self.ema.update(step)
+            clock.lap("optimizer_s")
         seconds = {"data_s": batch.data_s, "encode_s": batch.encode_s, **clock.seconds}
         step_s = sum(seconds.values())
         work = Workload(self.model.config, batch.shape, entry.microbatch, self.plan.num_text_tokens)
