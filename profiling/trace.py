@@ -65,7 +65,7 @@ class Trace:
     rank: int | None  # of torch.distributed; None where the file does not say
     origin_us: float  # the tool's clock at start_us = 0; clocks of two nodes need not agree
     names: tuple[str, ...]
-    shapes: tuple[str, ...]  # JSON of an op's inputs: [dims, types]
+    shapes: tuple[str, ...]  # of an op's inputs: the text of a pair of lists (dims, types)
     lanes: tuple[Lane, ...]
     kind: np.ndarray  # int8 [E], Kind
     name: np.ndarray  # int32 [E], index into names
@@ -76,6 +76,8 @@ class Trace:
     external: np.ndarray  # int64 [E], the same for an op and what it launched; -1 unknown
     bytes: np.ndarray  # int64 [E], moved or set; -1 unknown
     shape: np.ndarray  # int32 [E], index into shapes; -1 unknown
+    sequence: np.ndarray  # int64 [E], number of the autograd node that an op makes or runs; -1 none
+    backward: np.ndarray  # int8 [E], 1 where the op runs that node
     memory: Memory
 
     def __len__(self) -> int:
@@ -97,7 +99,7 @@ class Trace:
 
 
 class Columns:
-    """Collects a Trace event by event, in arrays of machine numbers: 53 bytes an event, each text kept once."""
+    """Collects a Trace event by event, in arrays of machine numbers: 62 bytes an event, each text kept once."""
 
     def __init__(self) -> None:
         self._names: dict[str, int] = {}
@@ -112,6 +114,7 @@ class Columns:
     def add(
         self, kind: Kind, name: str, start_us: float, dur_us: float, lane: Lane,
         correlation: int = -1, external: int = -1, num_bytes: int = -1, shapes: str | None = None,
+        sequence: int = -1, backward: bool = False,
     ) -> None:  # fmt: skip
         """One event; `start_us` on the tool's own clock."""
         columns = self._columns
@@ -124,6 +127,8 @@ class Columns:
         columns["external"].append(external)
         columns["bytes"].append(num_bytes)
         columns["shape"].append(-1 if shapes is None else self._shapes.setdefault(shapes, len(self._shapes)))
+        columns["sequence"].append(sequence)
+        columns["backward"].append(backward)
 
     def add_memory(
         self, at_us: float, num_bytes: int, address: int = 0, allocated: int = -1, reserved: int = -1, device: int = -1
@@ -153,6 +158,7 @@ class Columns:
 _CODES = {
     "kind": "b", "name": "i", "start_us": "d", "dur_us": "d", "lane": "i",
     "correlation": "q", "external": "q", "bytes": "q", "shape": "i",
+    "sequence": "q", "backward": "b",
 }  # fmt: skip
 _MEMORY_CODES = {
     "at_us": "d", "bytes": "q", "address": "q", "allocated_bytes": "q", "reserved_bytes": "q", "device": "q",
