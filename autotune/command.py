@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from vchitect_fast.architecture import PRESETS, TransformerConfig, preset
-from vchitect_fast.autotune.search import SAFETY, plan_run
+from vchitect_fast.autotune.search import ONE, SAFETY, plan_run
 from vchitect_fast.cluster import Cluster
-from vchitect_fast.errors import UserError
+from vchitect_fast.errors import UserError, unknown_name
 from vchitect_fast.machine import available_memory_bytes, this_device
 from vchitect_fast.offload.policy import READINGS, from_selective_ratio
 from vchitect_fast.plan import Plan, Policy, check_place
@@ -56,7 +57,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="frames x width x height in pixels, rounded to multiples of 16; needed to plan",
     )
     parser.add_argument(
-        "--batch", type=int, default=1, help="samples an optimizer step, of each shape (default: %(default)s)"
+        "--batch",
+        type=int,
+        default=1,
+        help="samples an optimizer step, of each shape, all ranks together (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--mesh",
+        default="",
+        metavar="AXIS=N,...",
+        help="ranks by axis, dp_replicate, dp_shard and sp, for example dp_shard=2,sp=4: 8 ranks, sequence parallel by 4; "
+        "given, not searched (default: one rank)",
     )
     parser.add_argument(
         "--text-tokens",
@@ -156,6 +167,8 @@ def _explain(args: argparse.Namespace) -> None:
 
 def _verify(args: argparse.Namespace) -> None:
     plan, config = Plan.load(args.plan), load_config(args.model)
+    if math.prod(plan.mesh.values()) > 1:
+        raise UserError(f"verify runs one process, the Plan's mesh is {plan.mesh}; plan without --mesh to verify.")
     plan.check(model=config.fingerprint(), device=this_device())
     _say("running a few steps of each shape", args.json)
 
@@ -180,6 +193,20 @@ def _policy(args: argparse.Namespace, num_blocks: int) -> tuple[Policy, ...] | N
             raise UserError("--offload-inputs needs --selective-ratio; give the fraction of blocks too.")
         return None
     return from_selective_ratio(args.selective_ratio, num_blocks, args.ratio_means, offload_inputs=args.offload_inputs)
+
+
+def _mesh(text: str) -> dict[str, int]:
+    mesh = dict(ONE)
+    for part in filter(None, text.split(",")):
+        axis, _, size = part.partition("=")
+        if axis not in mesh:
+            raise unknown_name("mesh axis", axis, mesh)
+        if not size.isdecimal() or int(size) < 1:
+            raise UserError(
+                f"--mesh {axis} must be a whole number from 1 up, got {size!r}; for example --mesh dp_shard=2,sp=4."
+            )
+        mesh[axis] = int(size)
+    return mesh
 
 
 def _shapes(args: argparse.Namespace) -> list[VideoShape]:
@@ -235,6 +262,7 @@ def _write_plan(
         dtype=args.dtype,
         limit_bytes=limit_bytes,
         policy=_policy(args, config.num_layers),
+        mesh=_mesh(args.mesh),
     )
     plan.save(args.out)
     _show(plan, args.json)

@@ -9,8 +9,9 @@
     recompute = one more forward of every block whose policy says so
     optimizer = fused AdamW over all parameters + bytes moved by clipping, EMA and the copy to the compute dtype / bandwidth
 
-A rate is interpolated between the probe's timings in log size. Not included: reading data, encoding video and text,
-logging, validation, saving. J = S + N joint tokens; the other letters as in workload.py. Layer 0 only.
+A rate is interpolated between the probe's timings in log size. Of several ranks, the fullest counts; its optimizer has the
+parameters of its shard. Not included: what ranks exchange, reading data, encoding video and text, logging, validation,
+saving. J = S + N joint tokens; the other letters as in workload.py. Layer 0 only.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ class Rates:
 def block_seconds(work: Workload, rates: Rates, dtype: str, *, last: bool = False) -> Seconds:
     """Forward and backward of one block of the reference path, one microbatch."""
     d, shape = work.config.hidden_dim, work.shape
-    visual, text, joint = work.visual_rows, work.text_rows, work.rows
+    visual, text, joint = work.visual_rows, work.text_rows, work.rows  # of this rank, over sequences of all
     frames, text_tokens = shape.num_frames, work.num_text_tokens
     joint_tokens = shape.tokens_per_frame(work.config.patch_size) + text_tokens
 
@@ -178,22 +179,24 @@ def ends_seconds(work: Workload, rates: Rates, dtype: str) -> Seconds:
     return total + rates.elementwise("layer_norm", dtype, work.visual_rows * d) + Seconds(4 * one, 7 * one)
 
 
-def optimizer_seconds(work: Workload, rates: Rates, dtype: str, *, ema: bool) -> float:
+def optimizer_seconds(work: Workload, rates: Rates, dtype: str, *, ema: bool, num_shards: int = 1) -> float:
     """AdamW over fp32 masters, norm and clipping; the copy to the compute dtype and the EMA where there is one."""
-    number = work.config.num_parameters()
+    number = -(-work.config.num_parameters() // num_shards)
     moved = CLIP_BYTES + (EMA_BYTES if ema else 0) + (COPY_BYTES if dtype != "float32" else 0)
     return rates.elementwise("adamw", "float32", number).forward_s + number * moved / rates.memory_bytes_per_s
 
 
 def step_cost(
-    work: Workload, device: Device, dtype: str, *, num_recomputed: int, accumulation: int, ema: bool = True
-) -> StepCost:
+    work: Workload, device: Device, dtype: str, *, num_recomputed: int, accumulation: int, ema: bool = True,
+    num_shards: int = 1,
+) -> StepCost:  # fmt: skip
     """One training step.
 
     work            one microbatch
     dtype           of activations and matmuls, "float32" or "bfloat16"
     num_recomputed  of the first blocks, run forward once more in backward
     accumulation    microbatches a step
+    num_shards      ranks that share the parameters
     """
     rates = Rates(device)
     layers = work.config.num_layers
@@ -208,7 +211,7 @@ def step_cost(
         forward_s=accumulation * passed.forward_s,
         backward_s=accumulation * passed.backward_s + gathered_s,
         recompute_s=accumulation * again,
-        optimizer_s=optimizer_seconds(work, rates, dtype, ema=ema),
+        optimizer_s=optimizer_seconds(work, rates, dtype, ema=ema, num_shards=num_shards),
     )
 
 

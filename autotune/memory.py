@@ -25,6 +25,7 @@ from vchitect_fast.plan import KEEP, Policy
 from vchitect_fast.workload import DTYPE_BYTES, Workload
 
 GIB = 2**30
+GATHERED = 2  # blocks whose whole parameters are there at once, where they are in shards
 MLP_WORKING = (
     4  # at GELU's backward, in [rows, D]: its 4D gradient out and in, less the second linear's 4D input, just freed
 )
@@ -59,10 +60,15 @@ class StepMemory:
         }
 
 
-def states_bytes(work: Workload, dtype: str, *, ema: bool = True) -> int:
-    """Masters, AdamW's states, EMA and the position grid in fp32; a copy of the parameters in a narrower compute dtype."""
+def states_bytes(work: Workload, dtype: str, *, ema: bool = True, num_shards: int = 1) -> int:
+    """Masters, AdamW's states, EMA and the position grid in fp32; a copy of the parameters in a narrower compute dtype.
+
+    Of parameters in shards, the copy is that of the blocks that are gathered at once: one, and the next.
+    """
     config, number = work.config, work.config.num_parameters()
     grid = config.pos_embed_max_size**2 * config.hidden_dim * 4
+    if num_shards > 1:
+        return -(-number // num_shards) * 4 * (3 + ema) + GATHERED * block_parameters(work) * DTYPE_BYTES[dtype] + grid
     copy = number * DTYPE_BYTES[dtype] if dtype != "float32" else 0
     return number * 4 * (3 + ema) + copy + grid
 
@@ -86,9 +92,12 @@ def ends_bytes(work: Workload, element_bytes: int) -> int:
 
 def step_memory(
     work: Workload, device: Device, dtype: str, *, num_recomputed: int, accumulation: int, ema: bool = True,
-    policy: Sequence[Policy] | None = None,
+    policy: Sequence[Policy] | None = None, num_shards: int = 1,
 ) -> StepMemory:  # fmt: skip
-    """The fullest moment of one step; arguments as in cost.step_cost. `policy`, one a block, replaces `num_recomputed`."""
+    """The fullest moment of one step; arguments as in cost.step_cost. `policy`, one a block, replaces `num_recomputed`.
+
+    Of parameters in shards, gradients are whole while microbatches add to them, else whole for one block.
+    """
     element_bytes = DTYPE_BYTES[dtype]
     statistics_bytes = 4 if device.kind == "cuda" else element_bytes
     layers, d = work.config.num_layers, work.config.hidden_dim
@@ -105,13 +114,14 @@ def step_memory(
         pool = offload_budget_bytes(work, policy, dtype) if device.kind == "cpu" else 0
     before_blocks = ends_bytes(work, element_bytes) + pool
     every_gradient = 4 * work.config.num_parameters()
+    whole_block = 4 * block_parameters(work) if num_shards > 1 else 0
     visual, text, joint = (element_bytes * d * rows for rows in (work.visual_rows, work.text_rows, work.rows))
 
     def moment(gradients_bytes: int, saved_bytes: int, working_bytes: int) -> StepMemory:
         return StepMemory(
             process_bytes=0 if device.kind == "cuda" else device.process_bytes or 0,
-            states_bytes=states_bytes(work, dtype, ema=ema),
-            gradients_bytes=every_gradient if accumulation > 1 else gradients_bytes,
+            states_bytes=states_bytes(work, dtype, ema=ema, num_shards=num_shards),
+            gradients_bytes=every_gradient if accumulation > 1 else gradients_bytes // num_shards + whole_block,
             saved_bytes=saved_bytes,
             working_bytes=working_bytes,
         )

@@ -5,6 +5,8 @@ Rendering only, with rich; every figure comes out of the Plan or the measurement
 
 from __future__ import annotations
 
+import math
+
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -17,9 +19,11 @@ PART_NAMES = {"forward_s": "forward", "backward_s": "backward", "recompute_s": "
 
 def render(plan: Plan) -> RenderableType:
     """Tables of the chosen entries and of their runners-up, and the confidence in words."""
-    title = f"Plan for {plan.device_name}, {plan.compute_dtype}, {plan.num_text_tokens} text tokens"
+    mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
+    where = f"{plan.device_name} x {math.prod(plan.mesh.values())} ({mesh})" if mesh else plan.device_name
+    title = f"Plan for {where}, {plan.compute_dtype}, {plan.num_text_tokens} text tokens"
     chosen = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
-    for heading in ("shape", "visual tokens", "batch", "recomputed", "step", "peak"):
+    for heading in ("shape", "visual tokens", "batch", "sharded by", "recomputed", "step", "peak"):
         chosen.add_column(heading, justify="left" if heading == "shape" else "right")
     lines = []
     for entry in plan.entries:
@@ -67,6 +71,7 @@ def _chosen_row(entry: PlanEntry) -> tuple[str, ...]:
         entry.shape,
         f"{entry.video_shape.num_visual_tokens():,}",
         f"{entry.microbatch} x {entry.accumulation}",
+        entry.shard.axis if entry.shard.axis != "batch" else "-",
         f"{entry.num_recomputed} of {len(entry.policy)}",
         seconds(entry.predicted.step_s),
         gib(entry.predicted.peak_gib),

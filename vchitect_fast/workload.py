@@ -3,13 +3,14 @@
 model sizes x VideoShape x batch -> FLOPs of a forward and of a training step, rows, parameter bytes and the bytes that
 the reference block keeps for backward. Letters as in the model: B batch, T frames, S visual tokens a frame, N text
 tokens, D hidden. MFU everywhere in this project is `train_flops` / time / peak: three forwards, recomputation not counted.
+Where `sp` ranks share a sample, rows and bytes are those of the fullest rank; FLOPs stay those of the whole.
 Standard library only; tests hold each formula against the running model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vchitect_fast.architecture import TransformerConfig
 from vchitect_fast.shapes import VideoShape
@@ -19,22 +20,37 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Workload:
-    """One microbatch: `batch` samples of `shape` with `num_text_tokens` text tokens each."""
+    """One microbatch: `batch` samples of `shape` with `num_text_tokens` text tokens each.
+
+    sp    ranks that share each sample
+    axis  what they share: "frames", or "tokens" (visual and text each by themselves)
+    """
 
     config: TransformerConfig
     shape: VideoShape
     batch: int
     num_text_tokens: int
+    sp: int = 1
+    axis: str = "frames"
+
+    @property
+    def num_frames(self) -> int:
+        """T, of the fullest rank."""
+        return self._share(self.shape.num_frames, "frames")
 
     @property
     def visual_rows(self) -> int:
         """B x T x S."""
-        return self.batch * self.shape.num_visual_tokens(self.config.patch_size)
+        tokens = self.shape.tokens_per_frame(self.config.patch_size)
+        return self.batch * self.num_frames * self._share(tokens, "tokens")
 
     @property
     def text_rows(self) -> int:
         """B x T x N: the text stream is per frame."""
-        return self.batch * self.shape.num_frames * self.num_text_tokens
+        return self.batch * self.num_frames * self._share(self.num_text_tokens, "tokens")
+
+    def _share(self, size: int, axis: str) -> int:
+        return -(-size // self.sp) if axis == self.axis else size
 
     @property
     def rows(self) -> int:
@@ -42,7 +58,7 @@ class Workload:
         return self.visual_rows + self.text_rows
 
     def linear_flops(self, *, last: bool = False) -> int:
-        """Forward FLOPs of one block's linear layers: 2 D^2 [BTS (7+3+8) + BTN (3+3+8)].
+        """Forward FLOPs of one block's linear layers on one rank: 2 D^2 [BTS (7+3+8) + BTN (3+3+8)].
 
         The last block has no text output: of its text only the 3 projections in and to_out_context are computed.
         """
@@ -50,7 +66,7 @@ class Workload:
         return 2 * d * d * (self.visual_rows * 18 + self.text_rows * (4 if last else 14))
 
     def attention_flops(self) -> int:
-        """Forward FLOPs of one block's three branches: 4 D [BT (S+N)^2 + B (S+N) T^2 + BT (S+N) N]."""
+        """Forward FLOPs of one block's three branches, all ranks together: 4 D [BT (S+N)^2 + B (S+N) T^2 + BT (S+N) N]."""
         joint = self.shape.tokens_per_frame(self.config.patch_size) + self.num_text_tokens
         frames = self.shape.num_frames
         pairs = frames * joint**2 + joint * frames**2 + frames * joint * self.num_text_tokens
@@ -58,8 +74,9 @@ class Workload:
 
     def forward_flops(self) -> int:
         """Forward FLOPs of all blocks (embeddings and output projection are left out: below 1 % at the 2B size)."""
-        layers = self.config.num_layers
-        return (layers - 1) * self.linear_flops() + self.linear_flops(last=True) + layers * self.attention_flops()
+        layers, whole = self.config.num_layers, replace(self, sp=1)
+        linear = (layers - 1) * whole.linear_flops() + whole.linear_flops(last=True)
+        return linear + layers * self.attention_flops()
 
     def train_flops(self) -> int:
         """Model FLOPs of forward and backward: three forwards."""

@@ -143,6 +143,9 @@ def test_comparison_puts_recomputation_into_backward() -> None:
         ([*PLAN[:3], "0x32x32"], "positive frames x width x height"),
         (["plan", "--model", "vchitect-nanoo", *PLAN[2:]], "did you mean 'vchitect-nano'"),
         (["plan", *PLAN, "--batch", "0"], "at least one shape, sample and text token"),
+        (["plan", *PLAN, "--mesh", "spp=2"], "did you mean 'sp'"),
+        (["plan", *PLAN, "--mesh", "sp=0"], "--mesh sp must be a whole number from 1 up, got '0'"),
+        (["plan", *PLAN, "--mesh", "dp_shard=2"], "a step of 1 samples does not divide over 2"),
         (["plan", *PLAN, "--cluster", "none.json"], "cannot read the cluster file none.json"),
         (["plan", *PLAN, "--cluster", "torn.json"], "torn.json is not JSON"),
         (["plan", *PLAN, "--cluster", "list.json"], "expected a cluster file of schema 1"),
@@ -194,3 +197,14 @@ def test_config_that_is_no_json_is_refused(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match=message):
             load_config(str(tmp_path))
+
+
+def test_a_mesh_is_planned_and_shown(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mesh = ["--mesh", "dp_shard=2,sp=2", "--batch", "2"]
+    assert main(["autotune", "plan", *PLAN, *mesh]) == 0
+    assert Plan.load("plan.json").mesh == {"dp_replicate": 1, "dp_shard": 2, "sp": 2}
+    printed = capsys.readouterr().out
+    assert "x 4 (dp_shard 2, sp 2)" in printed
+    assert "frames" in printed
+    assert main(["autotune", "verify", "--model", "vchitect-nano"]) == 2
+    assert "verify runs one process" in capsys.readouterr().err

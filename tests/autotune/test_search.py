@@ -18,7 +18,7 @@ from vchitect_fast.autotune.memory import GIB, step_memory
 from vchitect_fast.autotune.search import choices, plan_run
 from vchitect_fast.cluster import Device
 from vchitect_fast.errors import UserError
-from vchitect_fast.plan import Plan, PlanEntry, Policy
+from vchitect_fast.plan import Plan, PlanEntry, Policy, ShardSpec
 from vchitect_fast.shapes import VideoShape
 from vchitect_fast.workload import Workload
 
@@ -177,3 +177,25 @@ def test_rejects(options: dict[str, object], message: str) -> None:
     values = {"shapes": [SHAPE], "batch": 1, "num_text_tokens": 16, "dtype": "float32"} | options
     with pytest.raises(UserError, match=message):
         plan_run(TINY, values.pop("shapes"), device(), **values)
+
+
+def test_a_mesh_divides_batch_rows_and_states() -> None:
+    def plan(batch: int, shape: VideoShape = SHAPE, **mesh: int) -> Plan:
+        sizes = {"dp_replicate": 1, "dp_shard": 1, "sp": 1} | mesh
+        return plan_run(TINY, [shape], device(), batch=batch, num_text_tokens=16, dtype="float32", mesh=sizes)
+
+    one, two = plan(4).entries[0], plan(8, dp_shard=2)
+    assert two.mesh == {"dp_replicate": 1, "dp_shard": 2, "sp": 1}
+    [dp] = two.entries
+    assert (dp.microbatch, dp.accumulation, dp.shard) == (one.microbatch, one.accumulation, ShardSpec())
+    assert dp.predicted.step_parts_s["forward_s"] == one.predicted.step_parts_s["forward_s"]
+    assert dp.predicted.step_parts_s["optimizer_s"] < 0.6 * one.predicted.step_parts_s["optimizer_s"]
+    assert "what ranks exchange not included" in dp.predicted.confidence
+    [halves] = plan(4, sp=2).entries
+    assert halves.shard == ShardSpec("frames", temporal="tokens")
+    assert 0.4 < halves.predicted.step_s / one.predicted.step_s < 0.7
+    assert halves.predicted.peak_parts_gib["saved"] == pytest.approx(one.predicted.peak_parts_gib["saved"] / 2, rel=0.1)
+    # 7 frames over 3 ranks are 3 on the fullest, a fourth more than 7/3; 256 tokens divide nearly.
+    assert plan(1, VideoShape(7, 256, 256), sp=3).entries[0].shard == ShardSpec("tokens", spatial="heads")
+    with pytest.raises(UserError, match="a step of 3 samples does not divide over 2 data-parallel ranks"):
+        plan(3, dp_shard=2)
