@@ -40,7 +40,14 @@ def test_yaml_reads_1e_4_as_text_and_it_is_a_number_here(tmp_path: Path, text: s
 
 
 def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
-    other = {"str": "x: y", "int": 7, "float": 1e-05, "bool": True, "str | None": "a b"}
+    other = {
+        "str": "x: y",
+        "int": 7,
+        "float": 1e-05,
+        "bool": True,
+        "str | None": "a b",
+        "Mixture | None": {"1x32x16": 2.0},
+    }
     values = {field.name: other[str(field.type)] for field in dataclasses.fields(TrainConfig)}
     values |= {"ema_decay": 0.25, "caption_dropout": 0.5, "schedule": "cosine", "timestep_sampling": "uniform"}
     for config in (TrainConfig(**BASE), TrainConfig(**values)):
@@ -83,6 +90,26 @@ def test_a_value_of_another_type_is_refused(name: str, value: object, kind: str)
     with pytest.raises(UserError) as caught:
         TrainConfig.from_dict({**BASE, name: value})
     assert str(caught.value) == f"{name} must be of type {kind}, got {value!r}; correct it in the YAML."
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (3, "mixture must map shapes to weights, got 3"),
+        ({}, "mixture must map shapes to weights, got {}"),
+        ({"eight": 1}, "a shape is frames x width x height like 32x512x384, got 'eight'"),
+        ({"8x100x64": 1}, "mixture names the shape 8x100x64, the nearest is 8x96x64; write that"),
+        ({"8x96x64": "much"}, "the weight of 8x96x64 in mixture must be of type float, got 'much'"),
+        ({"8x96x64": -1, "1x96x64": 2}, "must be 0 or more and one above 0"),
+        ({"8x96x64": 0}, "must be 0 or more and one above 0"),
+    ],
+)
+def test_a_mixture_is_positive_weights_of_shapes(tmp_path: Path, value: object, said: str) -> None:
+    path = run_file(tmp_path, "manifest: a\nplan: b\nmixture: {8x96x64: 3, 1x96x64: 0}\n")
+    assert TrainConfig.load(path).mixture == {"8x96x64": 3.0, "1x96x64": 0.0}
+    with pytest.raises(UserError) as caught:
+        TrainConfig.from_dict({**BASE, "mixture": value})
+    assert said in str(caught.value)
 
 
 def test_missing_fields_are_all_named() -> None:

@@ -47,3 +47,11 @@ def test_averages_are_fp32_copies_of_their_own() -> None:
     ema.update(0)
     assert parameter.tolist() == [2.0] * 3
     assert ema.average["a.weight"] is average  # in place: a checkpoint loads into this storage
+
+
+def test_a_carried_average_does_not_warm_up_again() -> None:
+    weight = torch.zeros(1)
+    ema = EMA({"weight": weight}, decay=0.75, warm_up=False)
+    weight.fill_(1.0)
+    ema.update(0)
+    assert ema.average["weight"].item() == 0.25

@@ -19,7 +19,7 @@ FOLDERS = {
 
 # The longest name that fits decides; a package's row holds for what is in it.
 LAYERS = {
-    4: "train resume validate train_console sample export quickstart report memory memory_picture doctor cli benchmarks",
+    4: "train resume carry validate train_console sample export quickstart report memory memory_picture doctor cli benchmarks",
     3: "parallel.apply checkpoint data metrics",
     2: "model parallel offload.hooks ema optimizer video buckets",
     1: "kernels attention offload profiling.span",

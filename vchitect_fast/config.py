@@ -17,6 +17,9 @@ from typing import Any
 
 from vchitect_fast.errors import UserError, unknown_name
 from vchitect_fast.files import write_text
+from vchitect_fast.shapes import VideoShape
+
+Mixture = dict[str, float]  # weight by VideoShape
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,13 @@ class TrainConfig:
     out: str = "runs/train"  # folder of log.jsonl, checkpoints, samples and the exported model
     model: str = "vchitect-2b"  # a preset, or a folder with config.json and safetensors
     init_from_sd3: str | None = None  # folder of an SD3-medium transformer to start from, instead of `model`
+    start_from: str | None = None  # a run's folder: start from its newest weights and average; sizes as `model`
+    carry_optimizer: bool = True  # with start_from: AdamW's moments too; false starts them at 0
     codec: str = "dct"  # "dct" (embedded, no weights) or a folder with SD3's AutoencoderKL
     text_encoder: str = "hash"  # "hash" (embedded, no weights) or a folder with SD3's three text encoders
     cache: str | None = None  # folder for latents and text embeddings, computed once; null encodes every step
     fps: float = 8.0  # frames a second at which clips are read
+    mixture: Mixture | None = None  # weights of the shapes in steps: {1x320x240: 1, 8x320x240: 3}; null = by clips
     steps: int = 1000  # optimizer steps in all
     seed: int = 0  # every random draw is a function of (seed, step)
     learning_rate: float = 1e-4  # at its peak
@@ -124,6 +130,8 @@ def typed(name: str, kind: str, value: Any) -> Any:
     """The value as the field's type; YAML reads 1e-4 as text and 8 as an int, which both mean a float here."""
     if value is None and "None" in kind:
         return None
+    if kind.startswith("Mixture"):
+        return checked_mixture(value)
     base = {"str": str, "int": int, "float": float, "bool": bool}[kind.split(" |")[0]]
     if base is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
@@ -135,6 +143,23 @@ def typed(name: str, kind: str, value: Any) -> Any:
     elif isinstance(value, base) and not (base is int and isinstance(value, bool)):
         return value
     raise UserError(f"{name} must be of type {kind}, got {value!r}; correct it in the YAML.")
+
+
+def checked_mixture(value: Any) -> Mixture:
+    """The weights as floats by shape, as written; UserError for what is no shape or no weight, or when all are 0."""
+    if not isinstance(value, dict) or not value:
+        raise UserError(
+            f"mixture must map shapes to weights, got {value!r}; write it like {{1x320x240: 1, 8x320x240: 3}}."
+        )
+    mixture = {}
+    for name, weight in value.items():
+        shape, note = VideoShape.parse(str(name))
+        if note:
+            raise UserError(f"mixture names the shape {name}, the nearest is {shape}; write that.")
+        mixture[str(shape)] = typed(f"the weight of {shape} in mixture", "float", weight)
+    if min(mixture.values()) < 0 or not sum(mixture.values()):
+        raise UserError(f"the weights of mixture must be 0 or more and one above 0, got {value!r}; correct them.")
+    return mixture
 
 
 def describe_fields() -> str:
