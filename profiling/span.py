@@ -23,22 +23,9 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import torch
 
 from vchitect_fast.errors import UserError
+from vchitect_fast.profiling.kinds import KINDS
 
 DOMAIN = "vchitect_fast"  # of NVTX; csrc/copier_cuda.cu uses the default domain
-# Kind -> colour 0xRRGGBB, the same in Nsight Systems and in report.html.
-KINDS: dict[str, int] = {
-    "step": 0x868E96,
-    "data": 0xF08C00,
-    "encode": 0xFCC419,
-    "forward": 0x339AF0,
-    "recompute": 0x9775FA,
-    "backward": 0x1864AB,
-    "collective": 0xE64980,
-    "copy_out": 0x12B886,
-    "copy_in": 0x66A80F,
-    "optimizer": 0x2F9E44,
-    "checkpoint": 0x495057,
-}
 P = ParamSpec("P")
 R = TypeVar("R")
 

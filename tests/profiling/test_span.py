@@ -16,7 +16,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from vchitect_fast.errors import UserError
-from vchitect_fast.profiling.span import DOMAIN, KINDS, NvtxSink, TorchSink, recording, span, tell
+from vchitect_fast.profiling.kinds import KINDS
+from vchitect_fast.profiling.span import DOMAIN, NvtxSink, TorchSink, recording, span, tell
 
 
 class Notes:
