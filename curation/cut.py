@@ -347,29 +347,3 @@ def _opened(path: str) -> Iterator[Any]:
             raise BadVideo("it has no video stream")
         container.streams.video[0].codec_context.options = {"err_detect": "explode"}
         yield container
-
-
-def probe_clip(path: str) -> dict[str, float | int]:
-    """start, end (s), num_frames, width, height, fps of a whole video file, from its packets and its first frame.
-
-    Raises BadVideo.
-    """
-    import av
-
-    try:
-        with _opened(path) as container:
-            stream = container.streams.video[0]
-            base = Fraction(stream.time_base.numerator, stream.time_base.denominator)
-            rate = stream.average_rate or stream.guessed_rate
-            guessed = rate.numerator / rate.denominator if rate else 1.0
-            times = sorted(packet.pts for packet in _shown(container, stream))
-        with _opened(path) as container:
-            size = _size(next(container.decode(video=0)))
-    except av.FFmpegError as error:
-        raise BadVideo(f"it does not decode ({error.strerror or error})") from None
-    except StopIteration:
-        raise BadVideo("no frame decodes") from None
-    length = (times[-1] - times[0]) * base
-    fps = float((len(times) - 1) / length) if length else guessed
-    end = round(float(length) + 1 / fps, 9)
-    return {"start": 0.0, "end": end, "num_frames": len(times), "width": size[0], "height": size[1], "fps": fps}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import re
 import tarfile
 from collections.abc import Iterable, Sequence
@@ -19,18 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from vchitect_fast import members
-from vchitect_fast.curation.cut import probe_clip
-from vchitect_fast.curation.frames import BadVideo
 from vchitect_fast.curation.places import Destination
 from vchitect_fast.errors import UserError
 from vchitect_fast.files import whole_file, write_text
 from vchitect_fast.manifest import COLUMNS, write_manifest
+from vchitect_fast.webdataset import BadSample, Sample, probe, samples, texts
 
 Row = dict[str, Any]
 
 INDEX = "index.parquet"
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mkv", ".webm", ".mov", ".avi", ".ts", ".mpg", ".mpeg")
-MAX_TEXT_BYTES = 16 << 20  # of a caption or JSON member; more is no caption
 _NAME = re.compile(r"clips-(\d{6})\.jsonl")
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,100}")  # no dot: WebDataset ends a key at its first
 
@@ -114,14 +110,13 @@ def index(tars: Sequence[Path], out: Path) -> tuple[int, dict[str, str]]:
     rows: list[Row] = []
     failed: dict[str, str] = {}
     for tar in tars:
-        for video, texts in _samples(tar).items():
-            path = tar / video
+        for sample in _samples(tar):
             try:
-                facts = probe_clip(str(path))
-            except BadVideo as error:
-                failed[str(path)] = str(error)
+                facts = probe(sample.path)
+            except BadSample as error:
+                failed[str(sample.path)] = str(error)
                 continue
-            row = {"path": _relative(path, out), **facts, **_texts(tar, texts)}
+            row = {"path": _relative(sample.path, out), **facts, **_texts(tar, sample)}
             rows.append({name: row[name] for name in (*COLUMNS, *(row.keys() - COLUMNS.keys()))})
     if not rows:
         reasons = "; ".join(f"{path}: {reason}" for path, reason in list(failed.items())[:3]) or "no videos in them"
@@ -130,63 +125,29 @@ def index(tars: Sequence[Path], out: Path) -> tuple[int, dict[str, str]]:
     return len(rows), failed
 
 
-def _samples(tar: Path) -> dict[str, dict[str, str]]:
-    """Video member -> {".txt": member, ".json": member} of its key; UserError for a tar that cannot be trusted."""
+def _samples(tar: Path) -> list[Sample]:
+    """The videos of a tar; UserError for one that cannot be trusted."""
     try:
         contents = members.contents(tar)
+        found = samples(tar, contents)
     except OSError as error:
         raise UserError(f"cannot read {tar} ({error.strerror or error}); name uncompressed .tar files.") from None
+    except BadSample as error:
+        raise UserError(f"{tar} {error}.") from None
     problem = next(iter(contents.refused.items()), None)
     if problem or contents.damage or tar.suffix != members.SUFFIX:
         what = f"{problem[1]} ({problem[0]!r})" if problem else contents.damage or "does not end in .tar"
         raise UserError(f"{tar} {what}; write it again with plain files under relative names, each once.")
-    samples: dict[str, dict[str, str]] = {}
-    keys: dict[str, str] = {}
-    for name in contents.members:
-        stem, suffix = os.path.splitext(name)
-        if suffix.lower() not in VIDEO_SUFFIXES:
-            continue
-        folder, _, base = name.rpartition("/")
-        key = f"{folder}/{base.partition('.')[0]}".lstrip("/")
-        if stem in keys:
-            raise UserError(f"{tar} has two videos of the key {stem!r} ({keys[stem]}, {name}); keep one.")
-        keys[stem] = name
-        found = {
-            end: next((s + end for s in (stem, key) if s + end in contents.members), "") for end in (".txt", ".json")
-        }
-        samples[name] = {end: member for end, member in found.items() if member}
-    return samples
+    return [sample for sample in found if not sample.is_image]
 
 
-def _texts(tar: Path, texts: dict[str, str]) -> Row:
+def _texts(tar: Path, sample: Sample) -> Row:
     """The caption and the further columns that a sample's text and JSON members say."""
-    row: Row = {}
-    if ".json" in texts:
-        path = tar / texts[".json"]
-        try:
-            found = json.loads(_read(path))
-        except ValueError as error:
-            raise UserError(f"{path} is not JSON ({error}); write the tar again.") from None
-        if not isinstance(found, dict):
-            raise UserError(f"{path} must hold a JSON object, got {type(found).__name__}; write the tar again.")
-        row = {name: value for name, value in found.items() if name not in COLUMNS}
-        caption = found.get("caption", row.get("text"))
-        row["caption"] = caption if isinstance(caption, str) else ""
-    if ".txt" in texts:
-        row["caption"] = _read(tar / texts[".txt"]).strip()
-    return {"caption": "", **row}
-
-
-def _read(path: Path) -> str:
-    where = members.located(path)
-    if where and where[2] > MAX_TEXT_BYTES:
-        raise UserError(f"{path} must be text of at most {MAX_TEXT_BYTES} bytes, got {where[2]}; write the tar again.")
     try:
-        with members.opened(path) as file:
-            assert not isinstance(file, str)
-            return file.read().decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} must be UTF-8 text, byte {error.start} is not; write the tar again.") from None
+        caption, said = texts(sample)
+    except BadSample as error:
+        raise UserError(f"{tar}: {error}; write the tar again.") from None
+    return {"caption": caption} | {name: value for name, value in said.items() if name not in COLUMNS}
 
 
 def _relative(path: Path, out: Path) -> str:

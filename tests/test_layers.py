@@ -23,7 +23,7 @@ LAYERS = {
     3: "parallel.apply checkpoint data metrics",
     2: "model parallel offload.hooks ema optimizer video buckets",
     1: "kernels attention offload profiling.span",
-    0: "errors files members shapes architecture workload cluster machine config plan manifest offload.policy _C",
+    0: "errors files members webdataset shapes architecture workload cluster machine config plan manifest offload.policy _C",
 }
 NOT_BUILT = ["parallel", "parallel.apply"]  # as that page says
 LAYER_OF = {f"{PACKAGE}.{name}": layer for layer, names in LAYERS.items() for name in names.split()} | {PACKAGE: 0}
