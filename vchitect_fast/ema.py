@@ -3,13 +3,18 @@
     average <- d average + (1 - d) weight,   d = min(decay, (1 + k) / (10 + k)) at update k
 
 The warm-up of d lets short runs forget their random start. An average that was carried over from another run has none
-to forget: d is `decay` at once. Samples, validation and exports use the average.
+to forget: d is `decay` at once. Samples, validation and exports use the average. Each rank averages its own shards.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
+
+from vchitect_fast.parallel.shard import local_shard
 
 
 class EMA:
@@ -24,4 +29,29 @@ class EMA:
     def update(self, step: int) -> None:
         """After optimizer step number `step`, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warm_up else self.decay
-        torch._foreach_lerp_(list(self.average.values()), list(self._masters.values()), 1 - decay)
+        averages, masters = ([local_shard(x) for x in held.values()] for held in (self.average, self._masters))
+        torch._foreach_lerp_(averages, masters, 1 - decay)
+
+    @contextmanager
+    def standing_in(self, swapped: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """The model runs on the average inside the block: it changes places with the masters, and back.
+
+        swapped  called after each exchange: MasterAdamW.copy_masters of a model that has its masters beside it
+
+        For sharded models, which cannot be called with other parameters. Do not step or save inside.
+        """
+        self._swap()
+        swapped()
+        try:
+            yield
+        finally:
+            self._swap()
+            swapped()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name in self.average:
+            average, master = local_shard(self.average[name]), local_shard(self._masters[name])
+            held = master.clone()  # one tensor more at a time, not a model
+            master.copy_(average)
+            average.copy_(held)

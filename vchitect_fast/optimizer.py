@@ -1,7 +1,8 @@
 """AdamW over fp32 master weights, whatever dtype the model computes in.
 
 With a bf16 model each parameter has an fp32 master and an fp32 gradient: microbatch gradients are added in fp32 as
-backward produces them and the bf16 ones are freed at once. With an fp32 model the parameters are their own masters.
+backward produces them and the bf16 ones are freed at once. With an fp32 model (or fp64, in tests) the parameters are their
+own masters. So are sharded ones (DTensor): FSDP2 gathers them in lower precision, and each rank updates its shards only.
 Weight decay applies to matrices only. Source: Micikevicius et al. 2018 (master weights); Loshchilov & Hutter 2019.
 """
 
@@ -11,51 +12,77 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
+
+from vchitect_fast.errors import UserError
+from vchitect_fast.parallel.shard import global_norm, local_shard
+
+WIDE = (torch.float32, torch.float64)
+EPS = 1e-8  # added to the root of the second moment
+KINDS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class MasterAdamW:
     """One optimizer step from accumulated gradients.
 
-    dtype    what the model is cast to once its masters are taken, so that they keep the bits that the cast drops
+    dtype    what the model is cast to once its masters are taken, so that they keep the bits that the cast drops; a sharded
+             model is not cast, its parameters are gathered in that dtype
     masters  fp32 tensor a parameter name, the truth that is checkpointed
+
+    Raises UserError for sharded parameters in low precision.
     """
 
     def __init__(
         self, model: nn.Module, *, weight_decay: float, betas: tuple[float, float], dtype: torch.dtype | None = None
     ) -> None:
+        self.weight_decay, self.betas = weight_decay, betas
         self._parameters = dict(model.named_parameters())
         self.masters: dict[str, Tensor] = {}
+        self._state: dict[str, dict[str, Tensor]] = {}
         for name, parameter in self._parameters.items():
-            if parameter.dtype == torch.float32 == (dtype or parameter.dtype):
-                self.masters[name] = parameter
+            sharded = isinstance(parameter, DTensor)
+            if sharded and parameter.dtype not in WIDE:
+                raise UserError(
+                    f"sharded parameters are their own masters and must be fp32, {name} is {parameter.dtype}; shard the fp32 "
+                    "model and give shard() the compute dtype."
+                )
+            if sharded or parameter.dtype == (dtype or parameter.dtype) in WIDE:
+                master: Tensor = parameter
             else:
-                self.masters[name] = parameter.detach().float()
+                master = parameter.detach().float()
                 parameter.data = parameter.data.to(dtype or parameter.dtype)
-                parameter.register_post_accumulate_grad_hook(_gradient_to(self.masters[name]))
-        matrices = [tensor for tensor in self.masters.values() if tensor.ndim > 1]
-        vectors = [tensor for tensor in self.masters.values() if tensor.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self._adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
-        for tensor in self.masters.values():  # made now, so that a checkpoint has the same names at every step
-            self._adamw.state[tensor] = {
-                "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
-                "exp_avg": torch.zeros_like(tensor, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(tensor, requires_grad=False),
+                parameter.register_post_accumulate_grad_hook(_gradient_to(master))
+            self.masters[name] = master
+            self._state[name] = {  # made now, so that a checkpoint has the same names at every step
+                "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                "exp_avg": torch.zeros_like(master, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
             }
 
+    @torch.no_grad()
     def step(self, learning_rate: float, clip_norm: float) -> Tensor:
         """Clip to the global norm, update masters, copy them into the model, drop gradients. Returns the norm before clipping.
 
-        A norm that is not finite changes nothing: one such step would ruin every master.
+        A norm that is not finite changes nothing: one such step would ruin every master. With shards every rank calls it.
         """
-        masters = list(self.masters.values())
-        norm = torch.nn.utils.clip_grad_norm_(masters, clip_norm)
+        gradients = {name: master.grad for name, master in self.masters.items() if master.grad is not None}
+        norm = global_norm(list(gradients.values()))
         if not torch.isfinite(norm):
             return norm
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
-        self._adamw.step()
-        self._adamw.zero_grad(set_to_none=True)
+        # Elementwise from here on, so the shards are taken out of their DTensors: dispatching on 1200 of them costs more.
+        local = {name: local_shard(gradient) for name, gradient in gradients.items()}
+        torch._foreach_mul_(list(local.values()), torch.clamp(clip_norm / (norm + 1e-6), max=1.0))
+        for is_matrix, decay in ((True, self.weight_decay), (False, 0.0)):
+            names = [name for name in local if (self.masters[name].ndim > 1) == is_matrix]
+            steps, first, second = ([local_shard(self._state[name][kind]) for name in names] for kind in KINDS)
+            adamw(
+                [local_shard(self.masters[name]) for name in names], [local[name] for name in names], first, second, [], steps,
+                fused=True, amsgrad=False, beta1=self.betas[0], beta2=self.betas[1], lr=learning_rate, weight_decay=decay,
+                eps=EPS, maximize=False,
+            )  # fmt: skip
+        for master in self.masters.values():
+            master.grad = None
         self.copy_masters()
         return norm
 
@@ -68,11 +95,7 @@ class MasterAdamW:
 
     def state(self) -> dict[str, Tensor]:
         """The AdamW state as flat names "<kind>.<parameter>", sharing storage: loading writes into these tensors."""
-        return {
-            f"{kind}.{name}": value
-            for name, master in self.masters.items()
-            for kind, value in self._adamw.state[master].items()
-        }
+        return {f"{kind}.{name}": self._state[name][kind] for name in self.masters for kind in KINDS}
 
 
 def _gradient_to(master: Tensor) -> Callable[[Tensor], None]:
