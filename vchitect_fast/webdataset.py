@@ -88,7 +88,8 @@ def facts(sample: Sample, said: dict[str, Any]) -> dict[str, float | int]:
         isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number) and number > 0
         and (name == "fps" or number == int(number)) for name, number in zip(needed, numbers, strict=True)
     ):  # fmt: skip
-        return probe(sample.path)
+        found = probe(sample.path)
+        return found | {"end": 0.0, "num_frames": 1, "fps": 1.0} if sample.is_image else found
     width, height, num_frames, fps = [*numbers, 1, 1.0][:4]
     assert width is not None and height is not None
     end = 0.0 if num_frames == 1 else num_frames / fps
