@@ -26,7 +26,7 @@ PREDICTED = Prediction(
 # No field at its default, so that a field that is not written or not read shows.
 ENTRY = PlanEntry(
     shape="8x96x64", policy=(Policy.keep(), Policy.recompute(), Policy(qkv="offload")), microbatch=3, accumulation=2,
-    predicted=PREDICTED, shard=ShardSpec("frames", "to heads", "to tokens", "to frames"), offload_bytes=12345, num_chunks=4,
+    predicted=PREDICTED, shard=ShardSpec("tokens", spatial="heads"), offload_bytes=12345, num_chunks=4,
     vae_mini_batch=5, attention={"spatial": "math", "temporal": "sdpa", "cross": "math"},
     runners_up=({"choice": "keep all", "step_s": 1.5, "peak_gib": 3.0, "why": "0.5 GiB too large"},),
 )  # fmt: skip

@@ -52,14 +52,34 @@ class Policy:
         return cls(KEEP, RECOMPUTE, RECOMPUTE, RECOMPUTE, RECOMPUTE)
 
 
+SHARDED = {  # axis -> what each branch may reshard to
+    "batch": {"spatial": ("none",), "temporal": ("none",), "cross": ("none",)},
+    "frames": {"spatial": ("none",), "temporal": ("tokens",), "cross": ("none",)},
+    "tokens": {"spatial": ("heads", "frames"), "temporal": ("none",), "cross": ("none",)},
+}
+
+
 @dataclass(frozen=True)
 class ShardSpec:
-    """How one step is cut over the `sp` mesh axis, and how each branch reshards around that cut."""
+    """How one step is cut over the `sp` mesh axis, and how each branch reshards around that cut (parallel/sequence.py).
 
-    axis: str = "batch"  # batch | frames | tokens
-    spatial: str = "none"  # to heads | to frames | to tokens | none
-    temporal: str = "none"
+    Raises UserError for a name that is unknown, or a branch that does not fit the axis.
+    """
+
+    axis: str = "batch"  # batch (not cut) | frames | tokens
+    spatial: str = "none"  # of tokens: heads | frames
+    temporal: str = "none"  # of frames: tokens
     cross: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.axis not in SHARDED:
+            raise unknown_name("sharding axis", str(self.axis), tuple(SHARDED))
+        for branch, allowed in SHARDED[self.axis].items():
+            if getattr(self, branch) not in allowed:
+                raise UserError(
+                    f"expected the {branch} branch of a ShardSpec of axis {self.axis} to reshard to {' or '.join(allowed)}, "
+                    f"got {getattr(self, branch)!r}; plan it again with `vchitect-fast autotune`."
+                )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@
 
 This file defines the answer; fused kernels come behind the same modules and parameter names (those of the release).
 It names the activation groups that it makes (`group`) and does not choose what becomes of them: the Plan's Policy does.
+Where other ranks have a part of the rows, the attention asks an Exchange for what it needs (exchange.py); alone it gets its own.
 Source: model_spec, "Block" and "Attention"; Peebles & Xie 2023 (AdaLN-Zero); Esser et al. 2024 (MM-DiT).
 
 Letters: B batch, T frames, S visual tokens a frame, N text tokens, J = S + N, D hidden, H heads, C head dim.
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from vchitect_fast.architecture import TransformerConfig
 from vchitect_fast.attention import cross_attention, spatial_attention, temporal_attention
+from vchitect_fast.model.exchange import WHOLE, Sharding
 from vchitect_fast.offload.groups import group
 
 NORM_EPS = 1e-6
@@ -89,43 +91,63 @@ class BranchAttention(nn.Module):
             self.to_add_out = nn.Linear(D, D)
         self.to_add_out_temporal = nn.Linear(D, D)  # the release has it in the last block too, unused
 
-    def forward(self, x_BTSD: Tensor, c_BTND: Tensor, backend: dict[str, str]) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x_BTSD: Tensor, c_BTND: Tensor, backend: dict[str, str], sharding: Sharding = WHOLE
+    ) -> tuple[Tensor, Tensor | None]:
         """Normed visual and text rows -> their attention outputs, the text one None in the last block."""
-        S, T = x_BTSD.shape[2], x_BTSD.shape[1]
-        with group("qkv"):
-            text_q, text_k, text_v = (
-                self._heads(f(c_BTND)) for f in (self.add_q_proj, self.add_k_proj, self.add_v_proj)
-            )
+        S = x_BTSD.shape[2]
+        exchange = sharding.exchange(x_BTSD, c_BTND, self.branches, self.last)
+        own_text = self._text(c_BTND)
 
-        def joint(project: nn.Linear, text: Tensor) -> Tensor:
-            with group("qkv"):
-                visual = self._heads(project(x_BTSD))
-            return torch.cat((visual, text), dim=2)  # [B, T, J, H, C]
+        def joint(*projections: nn.Linear, rows: tuple[Tensor, Tensor], sent: bool = False) -> list[Tensor]:
+            """q, k, v [B, T, J, H, C] of visual and text rows; as many as projections."""
+            x, c = rows
+            text, found = own_text if c is c_BTND else self._text(c), []
+            for project, part in zip(projections, text, strict=False):
+                with group("qkv", sent=sent):
+                    visual = self._heads(project(x))
+                found.append(torch.cat((visual, part), dim=2))
+            return found
 
         y = temporal = None  # [B, T, J, D] each
         if self.branches.spatial:
-            q, k, v = joint(self.to_q, text_q), joint(self.to_k, text_k), joint(self.to_v, text_v)
+            q, k, v = joint(self.to_q, self.to_k, self.to_v, rows=exchange.spatial_rows(), sent=exchange.sends_heads)
+            q, k, v = exchange.spatial_heads(q, k, v)
             with group("branch_out"):
                 spatial = spatial_attention(q, k, v, backend=backend["spatial"])
-            y = SPATIAL_WEIGHT * spatial.flatten(-2)
+            y = SPATIAL_WEIGHT * exchange.spatial_back(spatial).flatten(-2)
         if self.branches.cross:
-            q = joint(self.to_q_cross, text_q)
+            (q,) = joint(self.to_q_cross, rows=(x_BTSD, c_BTND))
+            first = exchange.first_text()
+            if first is None:
+                k, v = (part[:, 0] for part in own_text[1:])
+            else:
+                with group("qkv"):
+                    k, v = (self._heads(project(first)) for project in (self.add_k_proj, self.add_v_proj))
             with group("branch_out"):
-                cross = cross_attention(q, text_k[:, 0], text_v[:, 0], backend=backend["cross"])
+                cross = cross_attention(q, k, v, backend=backend["cross"])
             cross = self.to_out_context(cross.flatten(-2))
             y = cross if y is None else y + cross
         if y is None:
             y = x_BTSD.new_zeros(*x_BTSD.shape[:2], S + c_BTND.shape[2], x_BTSD.shape[3])
         if self.branches.temporal:
-            q, k, v = joint(self.to_q_temp, text_q), joint(self.to_k_temp, text_k), joint(self.to_v_temp, text_v)
+            q, k, v = joint(self.to_q_temp, self.to_k_temp, self.to_v_temp, rows=exchange.temporal_rows())
             with group("branch_out"):
                 temporal = temporal_attention(
                     q, k, v, rope_scaling_factor=self.rope_scaling_factor, backend=backend["temporal"]
                 )
-            temporal = temporal.flatten(-2)
-        # An image multiplies the temporal term by 0: its weights get zero gradients, not missing ones.
-        weight = 0.0 if T == 1 else 1.0
+            temporal = exchange.temporal_back(temporal).flatten(-2)
+        return self._sum(y, temporal, S, exchange.num_frames)
 
+    def _text(self, c_BTND: Tensor) -> tuple[Tensor, ...]:
+        """q, k, v [B, T, N, H, C] of text rows."""
+        with group("qkv"):
+            return tuple(self._heads(f(c_BTND)) for f in (self.add_q_proj, self.add_k_proj, self.add_v_proj))
+
+    def _sum(self, y: Tensor, temporal: Tensor | None, S: int, num_frames: int) -> tuple[Tensor, Tensor | None]:
+        """The output products of the joint rows, visual and text."""
+        # An image multiplies the temporal term by 0: its weights get zero gradients, not missing ones.
+        weight = 0.0 if num_frames == 1 else 1.0
         out_x = self.to_out[0](y[:, :, :S])
         if temporal is not None:
             out_x = out_x + weight * self.to_out_temporal(temporal[:, :, :S])
@@ -155,15 +177,21 @@ class Block(nn.Module):
             self.ff_context = FeedForward(D)
 
     def forward(
-        self, x_BTSD: Tensor, c_BTND: Tensor, temb_BD: Tensor, backend: dict[str, str]
+        self,
+        x_BTSD: Tensor,
+        c_BTND: Tensor,
+        temb_BD: Tensor,
+        backend: dict[str, str],
+        sharding: Sharding = WHOLE,
     ) -> tuple[Tensor, Tensor | None]:
-        """`backend` names the attention backend of each branch (attention.py)."""
+        """`backend` names the attention backend of each branch (attention.py); `sharding` says what this rank's rows are."""
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.norm1(temb_BD)
         text = self.norm1_context(temb_BD)
         shift_c, scale_c = (
             (text[1], text[0]) if self.last else (text[0], text[1])
         )  # the last norm orders them otherwise
-        attn_x, attn_c = self.attn(modulate(x_BTSD, shift, scale), modulate(c_BTND, shift_c, scale_c), backend)
+        normed = modulate(x_BTSD, shift, scale), modulate(c_BTND, shift_c, scale_c)
+        attn_x, attn_c = self.attn(*normed, backend, sharding)
         x = x_BTSD + gate[:, None, None] * attn_x
         x = x + gate_mlp[:, None, None] * self.ff(modulate(x, shift_mlp, scale_mlp))
         if attn_c is None:

@@ -47,7 +47,35 @@ class PatchEmbed(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """Raises UserError where the patch does not divide the latents or they exceed the grid."""
-        height, width = latents.shape[-2:]
+        grid = self.grid(*latents.shape[-2:])
+        return self.proj(latents).flatten(2).transpose(1, 2) + grid.to(latents.dtype)
+
+    def patches(self, latents: Tensor) -> Tensor:
+        """[B*T, c, h, w] -> [B*T, S, c*p*p]: the numbers of each token, before `project`. Raises as `forward`."""
+        self.num_tokens(*latents.shape[-2:])
+        p = self.patch_size
+        cut = latents.unflatten(-1, (-1, p)).unflatten(-3, (-1, p))  # [B*T, c, rows, p, columns, p]
+        return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+    def project(self, patches: Tensor, height: int, width: int, tokens: slice) -> Tensor:
+        """Some tokens' patches [..., c*p*p] of latents of this size -> [..., D], with the positions of those tokens."""
+        weight = self.proj.weight.flatten(1)
+        positions = self.grid(height, width)[:, tokens].to(patches.dtype)
+        return F.linear(patches, weight, self.proj.get_parameter("bias")) + positions
+
+    def num_tokens(self, height: int, width: int) -> int:
+        """S of latents of this size. Raises as `forward`."""
+        rows, columns = self._rows_columns(height, width)
+        return rows * columns
+
+    def grid(self, height: int, width: int) -> Tensor:
+        """[1, S, D], the centre of the M x M grid, for latents of this size. Raises as `forward`."""
+        rows, columns = self._rows_columns(height, width)
+        M = self.grid_size
+        top, left = (M - rows) // 2, (M - columns) // 2
+        return self.pos_embed.view(M, M, -1)[top : top + rows, left : left + columns].reshape(1, rows * columns, -1)
+
+    def _rows_columns(self, height: int, width: int) -> tuple[int, int]:
         p, M = self.patch_size, self.grid_size
         if height % p or width % p:
             raise UserError(
@@ -60,9 +88,7 @@ class PatchEmbed(nn.Module):
                 f"latents of {rows} x {columns} tokens exceed the position grid of {M} x {M}; "
                 "use a smaller video or a checkpoint with a larger pos_embed_max_size."
             )
-        top, left = (M - rows) // 2, (M - columns) // 2
-        grid = self.pos_embed.view(M, M, -1)[top : top + rows, left : left + columns].reshape(1, rows * columns, -1)
-        return self.proj(latents).flatten(2).transpose(1, 2) + grid.to(latents.dtype)
+        return rows, columns
 
 
 def timestep_code(timestep_B: Tensor) -> Tensor:

@@ -61,12 +61,27 @@ def noised(latents: Tensor, noise: Tensor, sigma_B: Tensor) -> Tensor:
 
 
 def flow_loss(
-    velocity: Velocity, latents: Tensor, text: Tensor, pooled: Tensor, sigma_B: Tensor, noise: Tensor
+    velocity: Velocity,
+    latents: Tensor,
+    text: Tensor,
+    pooled: Tensor,
+    sigma_B: Tensor,
+    noise: Tensor,
+    *,
+    num_frames: int | None = None,
 ) -> Tensor:
-    """Mean squared error of the velocity, one fp32 value a sample: [B]."""
+    """Mean squared error of the velocity, one value a sample: [B], fp32 (fp64 where the velocity is).
+
+    num_frames  of the whole video where latents and noise are only the frames of this rank: then its part of the mean, so
+                that the losses of the ranks, and their gradients, add up
+    """
     z = noised(latents, noise, sigma_B)
     predicted = velocity(z, text, pooled, TIMESTEP_SCALE * sigma_B.to(latents.device))
-    return (predicted.float() - (noise - latents).float()).square().flatten(1).mean(dim=1)
+    precise = torch.promote_types(predicted.dtype, torch.float32)
+    squares = (predicted.to(precise) - (noise - latents).to(precise)).square().flatten(1)
+    if num_frames is None or num_frames == latents.shape[1]:
+        return squares.mean(dim=1)
+    return squares.sum(dim=1) / (num_frames * math.prod(latents.shape[2:]))
 
 
 def drop_captions(

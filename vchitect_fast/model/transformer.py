@@ -11,9 +11,10 @@ columns, p patch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +25,28 @@ from vchitect_fast.model import weights
 from vchitect_fast.model.blocks import AdaLN, Block, Branches, modulate
 from vchitect_fast.model.chunks import chunked_block
 from vchitect_fast.model.embed import PatchEmbed, TimeTextEmbed
+from vchitect_fast.model.exchange import WHOLE, Sharding
 from vchitect_fast.model.handwritten import handwritten_block
 from vchitect_fast.offload.hooks import Saving
 from vchitect_fast.offload.policy import check_policy, effective, offloads
-from vchitect_fast.plan import RECOMPUTE, Policy
+from vchitect_fast.plan import RECOMPUTE, Policy, ShardSpec
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 ALL_BRANCHES = Branches()
 # Who computes the blocks on a type of device unless set_kernels says otherwise; {"cuda": "triton"} once it is measured.
 DEFAULT_KERNELS: dict[str, str] = {}
 SDPA = {"spatial": "sdpa", "temporal": "sdpa", "cross": "sdpa"}
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """What set_shard was told."""
+
+    spec: ShardSpec
+    group: ProcessGroup
+    num_frames: int
 
 
 class VchitectTransformer(nn.Module):
@@ -60,6 +74,7 @@ class VchitectTransformer(nn.Module):
         self.kernels: str | None = None
         self.num_chunks = 1
         self._chose_kernels = False
+        self._shard: _Shard | None = None
         self._initialise()
 
     def _initialise(self) -> None:
@@ -88,6 +103,34 @@ class VchitectTransformer(nn.Module):
                 )
         self.policy = tuple(policy)
 
+    def set_shard(self, spec: ShardSpec, group: ProcessGroup | None, num_frames: int) -> None:
+        """Cut the sequence over the ranks of `group` as the Plan's ShardSpec says; None = this process has all of it.
+
+        Each rank then calls `forward` with its frames out of `num_frames`, parallel.collectives.share(num_frames, P, rank),
+        and the whole text; its gradients are its part of a sum over the group. UserError as parallel.sequence.check, and
+        for chunks or kernels, which work in one process only.
+        """
+        if group is None:
+            self._shard = None
+            return
+        # Here, not above: sequence.py knows the blocks, and one process needs no torch.distributed.
+        from vchitect_fast.parallel.sequence import check
+
+        if num_frames < 1:
+            raise UserError(
+                f"expected a video of at least 1 frame, got {num_frames}; give the frames of all ranks together."
+            )
+        check(spec, group, self.config.num_attention_heads)
+        self._refuse_sharded(self.num_chunks, self.kernels)
+        self._shard = _Shard(spec, group, num_frames)
+
+    def _refuse_sharded(self, num_chunks: int, kernels: str | None) -> None:
+        if num_chunks > 1 or kernels:
+            raise UserError(
+                f"a sequence that is cut over ranks runs in whole blocks of plain torch, got {num_chunks} chunks and kernels "
+                f"{kernels!r}; set_chunks(1) and set_kernels(None), or set_shard with the group None."
+            )
+
     def set_chunks(self, num_chunks: int) -> None:
         """Compute each block in so many chunks of frames or positions (chunks.py); 1 = whole. After set_policy."""
         if num_chunks > 1 and self.kernels:
@@ -101,6 +144,8 @@ class VchitectTransformer(nn.Module):
                     f"block {index}: in {num_chunks} chunks all groups but block_input are recomputed, the Policy keeps or "
                     "offloads some; recompute them, or use one chunk."
                 )
+        if self._shard:
+            self._refuse_sharded(num_chunks, self.kernels)
         self.num_chunks = num_chunks
 
     def set_kernels(self, impl: str | None) -> None:
@@ -111,14 +156,27 @@ class VchitectTransformer(nn.Module):
             raise UserError(
                 f"kernels {impl!r} compute whole blocks, this model has {self.num_chunks} chunks; set_chunks(1) first."
             )
+        if self._shard:
+            self._refuse_sharded(self.num_chunks, impl)
         self.kernels, self._chose_kernels = impl, True
+
+    def _sharding(self, num_visual: int, num_text: int) -> Sharding:
+        """What this rank has of a forward over S visual and N text tokens a frame."""
+        if self._shard is None:
+            return WHOLE
+        from vchitect_fast.parallel.sequence import sharding  # as in set_shard
+
+        shard = self._shard
+        return sharding(
+            shard.spec, shard.group, shard.num_frames, num_visual, num_text, self.config.num_attention_heads
+        )
 
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor, timestep: Tensor
     ) -> Tensor:
         """Velocity of the rectified flow.
 
-        hidden_states          [B, T, c, h, w] latents; h and w divisible by the patch
+        hidden_states          [B, T, c, h, w] latents (of this rank's frames, see set_shard); h and w divisible by the patch
         encoder_hidden_states  [B, N, joint_attention_dim] text embeddings
         pooled_projections     [B, pooled_projection_dim]
         timestep               [B] in [0, 1000]
@@ -126,14 +184,15 @@ class VchitectTransformer(nn.Module):
         Returns [B, T, c, h, w] in the dtype of the parameters. Raises UserError on any other shape.
         """
         self._check(hidden_states, encoder_hidden_states, pooled_projections, timestep)
-        B, T, _, h, w = hidden_states.shape
+        h, w = hidden_states.shape[-2:]
+        sharding = self._sharding(self.pos_embed.num_tokens(h, w), encoder_hidden_states.shape[1])
         dtype = self.proj_out.weight.dtype
-        x = self.pos_embed(hidden_states.to(dtype).flatten(0, 1)).unflatten(0, (B, T))  # [B, T, S, D]
+        x = sharding.enter(self.pos_embed, hidden_states.to(dtype))  # [B, T, S, D]
         temb = self.time_text_embed(timestep, pooled_projections.to(dtype))
-        text = self.context_embedder(encoder_hidden_states.to(dtype))
-        c = text[:, None].expand(-1, T, -1, -1)  # the text stream is per frame from here on
+        text = self.context_embedder(sharding.own_text(encoder_hidden_states.to(dtype)))
+        c = text[:, None].expand(-1, x.shape[1], -1, -1)  # the text stream is per frame from here on
         saving, saved_pass = self.saving, self.saving.new_pass()
-        kernels = self.kernels if self._chose_kernels else DEFAULT_KERNELS.get(x.device.type)
+        kernels = self.kernels if self._chose_kernels or self._shard else DEFAULT_KERNELS.get(x.device.type)
         for index, policy in enumerate(effective(self.policy, saving.keep_last)):
             block = cast(Block, self.transformer_blocks[index])
             if kernels and self.num_chunks == 1:
@@ -143,10 +202,10 @@ class VchitectTransformer(nn.Module):
             if self.num_chunks > 1:
                 run = partial(chunked_block, block, backend=self.attention_backend, num_chunks=self.num_chunks)
             else:
-                run = partial(block, backend=self.attention_backend)
+                run = partial(block, backend=self.attention_backend, sharding=sharding)
             x, c = saving.run_block(run, policy, index, saved_pass, x, c, temb)
         scale, shift = self.norm_out(temb)
-        return self._unpatchify(self.proj_out(modulate(x, shift, scale)), h, w)
+        return self._unpatchify(sharding.leave(self.proj_out(modulate(x, shift, scale))), h, w)
 
     def _unpatchify(self, x_BTSp: Tensor, h: int, w: int) -> Tensor:
         B, T, p, c = *x_BTSp.shape[:2], self.config.patch_size, self.config.out_channels

@@ -112,7 +112,8 @@ class Saving:
             out = checkpoint(
                 run, x, c, temb, use_reentrant=False, preserve_rng_state=False, context_fn=block.contexts,
             )  # fmt: skip
-        block.check_complete()
+        if x.numel():  # a rank whose share is empty has nothing to hand over
+            block.check_complete()
         return out
 
     def run_grouped(
@@ -197,7 +198,7 @@ class _Block:
 
     def pack_input(self, tensor: Tensor) -> Any:
         """The checkpoint saves its arguments in order: x and c are the block's input, temb is the model's."""
-        if tensor.numel() == 0:  # some versions of torch save an empty one to hang the others on
+        if tensor.shape == (0,):  # some versions of torch save an empty one to hang the others on
             return tensor
         self.num_inputs += 1
         return self.save("block_input", tensor) if self.num_inputs <= 2 else tensor
@@ -224,7 +225,7 @@ class _Block:
         if action == RECOMPUTE:
             return None
         label = f"{name} of block {self.index}"
-        if action == OFFLOAD:
+        if action == OFFLOAD and tensor.numel():  # an empty one, of a rank without a share, has no bytes to move
             engine, saved_pass = self.saving.engine, self.saved_pass
             assert engine is not None and saved_pass is not None
             entry = engine.offload(tensor, label)
