@@ -30,6 +30,7 @@ from vchitect_fast.architecture import PRESETS, TransformerConfig, preset
 from vchitect_fast.carry import carry_over
 from vchitect_fast.config import TrainConfig, describe_fields
 from vchitect_fast.data import Batch, VideoData
+from vchitect_fast.dry_run import outlook, print_outlooks, stage_of
 from vchitect_fast.ema import EMA
 from vchitect_fast.errors import UserError
 from vchitect_fast.export import export_checkpoint
@@ -46,6 +47,7 @@ from vchitect_fast.offload.policy import offload_budget_bytes
 from vchitect_fast.optimizer import MasterAdamW
 from vchitect_fast.plan import Plan
 from vchitect_fast.profiling.span import span, tell
+from vchitect_fast.recipe import is_recipe
 from vchitect_fast.resume import check_supported, only_process_in, resume, run_state, run_tensors
 from vchitect_fast.sample import Pipeline
 from vchitect_fast.train_console import Console, print_summary
@@ -322,16 +324,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         f"fields of the run file, with defaults:\n{describe_fields()}\n\n"
         "example run.yaml:\n  manifest: clips.jsonl\n  plan: plan.json\n  model: vchitect-tiny\n"
-        "example: vchitect-fast train run.yaml steps=500 learning_rate=3e-4"
+        "example: vchitect-fast train run.yaml steps=500 learning_rate=3e-4\n"
+        "example: vchitect-fast train examples/vchitect-2b.yaml --dry-run"
     )
-    parser.add_argument("run_file", help="YAML with the fields below")
-    parser.add_argument("overrides", nargs="*", metavar="name=value", help="fields that replace those of the file")
+    parser.add_argument("run_file", help="YAML with the fields below, or a recipe of several stages (docs/recipe.md)")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="name=value",
+        help="fields that replace those of the file; of a stage: stage.name=value",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="train nothing: print what fits, step times, device-hours and what is missing",
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object at the end")
 
 
 def run(args: argparse.Namespace) -> int:
-    """`vchitect-fast train`: exit code 0 also when SIGTERM asked for a save and a stop."""
+    """`vchitect-fast train`: exit code 0 also when SIGTERM asked for a save and a stop; 1 when a dry run has doubts."""
+    if is_recipe(args.run_file):
+        from vchitect_fast.recipe_run import run_file  # which imports this file
+
+        return run_file(args.run_file, args.overrides, dry_run=args.dry_run, as_json=args.json)
     config = TrainConfig.load(args.run_file, args.overrides)
+    if args.dry_run:
+        return print_outlooks([outlook(stage_of(config))], as_json=args.json)
     summary = train(config)
     if args.json:
         print(json.dumps(summary))
