@@ -17,7 +17,9 @@ CLASSES = (*COMPUTE, COPY, COLLECTIVE)  # of kernels; IDLE beside them is the ti
 # What can be hidden behind compute: collectives, and copies by direction (device to host, host to device, within).
 STREAMS = ("collective", "copy_out", "copy_in", "copy_within")
 
-# Why the device was idle: the CPU was launching, waited for the device, was in a data span, or did something else.
+# Why the device was idle, that is, why the CPU was late with what came next: it was busy launching; it had waited for the
+# device to finish and only then went on; it was in a data span. ELSEWHERE: it did something else, or was not late at all
+# (the launch itself takes microseconds; the work may wait for another stream). Without a GPU: DATA or ELSEWHERE.
 LAUNCHING, SYNCHRONIZING, DATA, ELSEWHERE = "launching", "synchronizing", "data", "elsewhere"
 CAUSES = (LAUNCHING, SYNCHRONIZING, DATA, ELSEWHERE)
 
@@ -30,7 +32,7 @@ class SpanTime:
 
     name: str
     kind: str  # what stands before the slash when it is one of the span kinds, else ""
-    num_calls: int
+    num_calls: int  # 0 for backward/x that was led back to the ops of forward/x: it has no range of its own
     cpu_us: float  # on the CPU, from its begin to its end, summed over calls, spans inside it included
     device_us: float  # of device work launched in it and in no span inside it, summed over streams
     by_class_us: dict[str, float]  # device_us by kernel class
