@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -165,6 +166,32 @@ def test_a_damaged_checkpoint_is_refused_and_another_is_named(
         with pytest.raises(UserError, match=f"{said}.*go on from checkpoint-00000001, write that name into .*latest"):
             call()
     assert all(same_bits(into[name], tensor) for name, tensor in tensors(50).items())  # nothing was touched
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGES)
+def test_the_newest_whole_checkpoint_is_found_behind_a_damaged_one(
+    tmp_path: Path, damage: Callable[[Path], Any], said: str
+) -> None:
+    assert checkpoint.newest_whole(tmp_path) == (None, [])
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep_last=3)
+    assert checkpoint.newest_whole(tmp_path) == (tmp_path / "checkpoint-00000003", [])
+    for step in (3, 2):
+        damage(tmp_path / f"checkpoint-0000000{step}")
+    newest, torn = checkpoint.newest_whole(tmp_path)
+    assert newest == tmp_path / "checkpoint-00000001"
+    assert "checkpoint-00000003" in torn[0] and re.search(said, torn[0])
+    assert len(torn) == (1 if damage is shutil.rmtree else 2)  # what is gone and not named by `latest` is not missed
+    damage(newest)
+    with pytest.raises(UserError, match=f"{said}.*; no checkpoint in .* is whole, start again in a new folder"):
+        checkpoint.newest_whole(tmp_path)
+
+
+def test_a_checkpoint_that_latest_was_set_back_from_is_not_taken(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+    (tmp_path / "latest").write_text("checkpoint-00000001\n")
+    assert checkpoint.newest_whole(tmp_path) == (tmp_path / "checkpoint-00000001", [])
 
 
 def test_a_damaged_only_checkpoint_says_so(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ FOLDERS = {
 # The longest name that fits decides; a package's row holds for what is in it.
 LAYERS = {
     4: "train recipe_run dry_run resume carry validate train_console sample export quickstart report memory memory_picture doctor cli benchmarks",
-    3: "parallel.apply checkpoint data metrics",
+    3: "parallel.apply checkpoint checkpoint_writer data metrics",
     2: "model parallel offload.hooks ema optimizer video buckets",
     1: "kernels attention offload profiling.span",
     0: "errors files members webdataset clips shapes architecture workload cluster machine config plan recipe manifest offload.policy _C",

@@ -284,8 +284,10 @@ def on_all(group: dist.ProcessGroup | None, call: Callable[[], R]) -> R:
 
 
 def _portable(error: Exception, rank: int) -> Exception:
-    """As another rank shall see it: a UserError says it all, of anything else the rank is worth knowing."""
-    return error if type(error) is UserError else RuntimeError(f"rank {rank} failed: {type(error).__name__}: {error}")
+    """As another rank shall see it: what a user can mend says it all, of anything else the rank is worth knowing."""
+    if isinstance(error, UserError | OSError):
+        return error
+    return RuntimeError(f"rank {rank} failed: {type(error).__name__}: {error}")
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:
