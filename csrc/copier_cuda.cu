@@ -98,7 +98,7 @@ void CudaCopier::destroy() noexcept {  // errors mean that the driver is going d
 
 void CudaCopier::attach(void* slab, std::size_t bytes, std::size_t chunk_bytes) {
   const OnDevice guard(device_);
-  const Range range("vf::attach");
+  const Range range("copy_out/attach");
   for (std::size_t offset = 0; offset < bytes; offset += chunk_bytes) {
     void* chunk = static_cast<std::byte*>(slab) + offset;
     const std::size_t size = std::min(chunk_bytes, bytes - offset);
@@ -115,7 +115,7 @@ void CudaCopier::attach(void* slab, std::size_t bytes, std::size_t chunk_bytes) 
 Mark CudaCopier::start(Direction direction, const Copy& copy, std::optional<Mark> after,
                        Stream stream) {
   const OnDevice guard(device_);
-  const Range range(direction == Direction::kOffload ? "vf::offload" : "vf::prefetch");
+  const Range range(direction == Direction::kOffload ? "copy_out/enqueue" : "copy_in/enqueue");
   const std::lock_guard lock(mutex_);
   Queue& own = queue(direction);
   const cudaStream_t copies = stream_of(own.stream);

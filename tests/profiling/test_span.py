@@ -259,3 +259,20 @@ def test_without_the_package_nvtx_says_which_extra(monkeypatch: pytest.MonkeyPat
 
 def test_every_kind_has_its_own_colour() -> None:
     assert len(set(KINDS.values())) == len(KINDS)
+
+
+def test_the_offload_engine_names_its_copies() -> None:
+    from vchitect_fast.offload.engine import Engine
+
+    pytest.importorskip("vchitect_fast._C", reason="needs the C++ module")
+    engine, notes = Engine(2**20), Notes()
+    with recording(notes):
+        tensor = torch.arange(4096.0)
+        entry = engine.offload(tensor, "a tensor")
+        handle = entry.handle(tensor)
+        engine.settle()
+        del tensor
+        engine.fetch(entry)
+        assert torch.equal(engine.restore(handle), torch.arange(4096.0))
+    assert notes.names[0] == "copy_out/start" and notes.names[-2:] == ["copy_in/start", "copy_in/wait"]
+    assert set(notes.names) <= {"copy_out/start", "copy_out/wait", "copy_in/start", "copy_in/wait"}

@@ -25,6 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from vchitect_fast.errors import UserError
 from vchitect_fast.machine import available_memory_bytes
 from vchitect_fast.offload.policy import SLOT_BYTES
+from vchitect_fast.profiling.span import span
 
 SPARSE_VIEW = 2  # a view is packed by rows when its storage is at least this many times larger
 
@@ -125,7 +126,8 @@ class Engine:
             address, row_bytes, num_rows, pitch = _source(tensor, entry.rows)
             stream = current_stream(self.device)
             try:
-                entry.ticket = self.mover.offload(address, row_bytes, num_rows, pitch, stream)
+                with span("copy_out/start"):
+                    entry.ticket = self.mover.offload(address, row_bytes, num_rows, pitch, stream)
             except self.budget_error as error:
                 raise UserError(f"no room to offload {label}: {error}") from None
             entry.key = key
@@ -142,9 +144,10 @@ class Engine:
             if entry.source is not None:
                 entry.wanted = True  # it has not left yet: it stays
             elif entry.fetched is None and self._arrived(entry) is None:
-                entry.fetched = _buffer(entry.num_bytes, self.device)
                 assert entry.ticket is not None
-                self.mover.prefetch(entry.ticket, entry.fetched.data_ptr(), 0, current_stream(self.device))
+                with span("copy_in/start"):
+                    entry.fetched = _buffer(entry.num_bytes, self.device)
+                    self.mover.prefetch(entry.ticket, entry.fetched.data_ptr(), 0, current_stream(self.device))
 
     def restore(self, handle: Handle) -> Tensor:
         """The saved view. What has not left yet is not fetched: the source itself is handed back."""
@@ -164,7 +167,8 @@ class Engine:
             storage = self._arrived(entry)
             if storage is None:
                 assert entry.fetched is not None and entry.ticket is not None
-                self.mover.wait(entry.ticket, current_stream(self.device))
+                with span("copy_in/wait"):  # on a CUDA device a stream waits, not this thread
+                    self.mover.wait(entry.ticket, current_stream(self.device))
                 storage = entry.fetched.untyped_storage()
                 entry.arrived = StorageWeakRef(storage)
             if entry.num_restored >= entry.num_handles:
@@ -222,7 +226,8 @@ class Engine:
                 if not self.mover.done(entry.ticket):
                     if not everything and self._in_flight_bytes <= self.max_in_flight_bytes:
                         return
-                    self.mover.wait(entry.ticket, current_stream(self.device))
+                    with span("copy_out/wait"):
+                        self.mover.wait(entry.ticket, current_stream(self.device))
                 self._drop(entry)
             self._in_flight.popleft()
 
