@@ -134,7 +134,7 @@ def test_what_is_not_known_is_not_counted(tmp_path: Path, capsys: pytest.Capture
 
 def test_the_command_that_it_names_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The words after `autotune` parse, and ask for this stage's shapes, batch, text tokens and file."""
-    path = write_recipe(tmp_path)
+    path = edited(write_recipe(tmp_path), 2, mesh={"dp_shard": 2, "sp": 4})
     (tmp_path / "long.json").unlink()
     _, found = dry(path, capsys)
     command = re.search("`(.+)`", found["stages"][2]["doubts"][0]).group(1)
@@ -143,6 +143,7 @@ def test_the_command_that_it_names_is_one(tmp_path: Path, capsys: pytest.Capture
     parsed = cli.parser_of("autotune")[0].parse_args(words)
     assert (parsed.model, parsed.shapes) == ("vchitect-nano", ["12x32x16", "8x32x16"])
     assert (parsed.batch, parsed.text_tokens, parsed.out) == (2, 16, str(tmp_path / "long.json"))
+    assert parsed.mesh == "dp_shard=2,sp=4"
     assert parsed.cluster == str(tmp_path / "cluster.json"), "one measurement serves all stages"
 
 

@@ -68,6 +68,8 @@ def test_overrides_are_run_wide_or_of_one_stage(tmp_path: Path) -> None:
         (1, {"shapes": "4x32x16"}, "must be a list of different FxWxH, got '4x32x16'"),
         (1, {"shapes": ["4x32x16", "4x32x16"]}, "must be a list of different FxWxH"),
         (1, {"shapes": ["4x30x16"]}, "stage short has the shape 4x30x16, the nearest is 4x32x16; write that"),
+        (1, {"mesh": {"dp": 2}}, "unknown mesh axis of the stage short 'dp'; "),
+        (1, {"mesh": {"sp": 0}}, "mesh of the stage short must map axes to whole numbers from 1 up, got"),
         (2, {"mixture": {"8x32x16": 1}}, "has the shapes 12x32x16, 8x32x16, its mixture weighs 8x32x16"),
     ],
 )
@@ -95,6 +97,10 @@ def test_a_stage_knows_the_plan_that_is_not_its(tmp_path: Path) -> None:
     mesh = {"dp_replicate": 2, "dp_shard": 3, "sp": 4}
     sharded = Plan.load(plan_of(tmp_path / "mesh.json", "12x32x16", "8x32x16", mesh=mesh))
     assert samples_a_step(sharded, "8x32x16") == 2 * 2 * 3  # sequence-parallel ranks share a sample
+    with pytest.raises(
+        UserError, match=r"stage long has the mesh dp_shard 2, its Plan .* dp_replicate 2, dp_shard 3, sp 4"
+    ):
+        Recipe.load(edited(tmp_path / "recipe.yaml", 2, mesh={"dp_shard": 2})).stages[2].check(sharded)
     with pytest.raises(UserError, match=r"stage long has batch 2, its Plan .* takes 12 samples of 12x32x16 a step"):
         long.check(sharded)
 

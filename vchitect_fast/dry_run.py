@@ -1,4 +1,4 @@
-"""`vchitect-fast train --dry-run`: what a run, or each stage of a recipe, would take. Trains nothing and writes nothing.
+"""`vchitect-fast train --dry-run`: what a run, or each stage of a recipe, would take. Trains nothing; writes nothing but the index of tars.
 
 From the stage's Plan: predicted peak against the memory of the device that it was planned for, predicted step time of each
 shape, device-hours = ranks x sum over shapes of (steps x step time). From its manifest: how many clips and windows fill each
@@ -21,9 +21,9 @@ from rich.table import Table
 
 from vchitect_fast.architecture import PRESETS, TransformerConfig, preset
 from vchitect_fast.buckets import assign
+from vchitect_fast.clips import read_clips
 from vchitect_fast.config import TrainConfig
 from vchitect_fast.errors import UserError
-from vchitect_fast.manifest import read_manifest
 from vchitect_fast.model.text import CLIP_TOKENS, HASH_TOKENS, T5_TOKENS
 from vchitect_fast.model.weights import read_json
 from vchitect_fast.plan import Plan
@@ -122,8 +122,10 @@ def stage_of(config: TrainConfig) -> Stage:
 def autotune_command(stage: Stage) -> str:
     """What makes the Plan of a stage on the machine it will run on."""
     shapes = " ".join(map(str, stage.shapes))
+    sizes = ",".join(f"{axis}={size}" for axis, size in (stage.mesh or {}).items() if size > 1)
     return (
         f"vchitect-fast autotune --model {stage.config.model} --shapes {shapes} --batch {stage.batch} "
+        f"{f'--mesh {sizes} ' if sizes else ''}"
         f"--text-tokens {_num_text_tokens(stage.config)} --cluster {Path(stage.config.plan).parent / 'cluster.json'} "
         f"--out {stage.config.plan}"
     )
@@ -207,7 +209,7 @@ def _num_text_tokens(config: TrainConfig) -> int:
 def _data(stage: Stage, doubts: list[str]) -> tuple[dict[str, int], dict[str, int]]:
     """Clips and windows by shape, both empty where the manifest cannot be used."""
     try:
-        assigned = assign(read_manifest(stage.config.manifest), list(stage.shapes), stage.config.fps).windows
+        assigned = assign(read_clips(stage.config.manifest), list(stage.shapes), stage.config.fps).windows
     except UserError as error:
         doubts.append(str(error))
         return {}, {}

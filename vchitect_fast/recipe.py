@@ -5,6 +5,7 @@
         name      lower-case letters, digits and dashes; the stage trains into OUT/NN-name
         shapes    the VideoShapes of the stage, all that its Plan plans
         batch     samples an optimizer step over all ranks, of each shape
+        mesh      ranks by axis, as {dp_shard: 8, sp: 4}; left out, whatever its Plan says
         and fields of TrainConfig, of the stage alone
 
 Model, codec, text encoder, seed and `out` hold for all stages. Stage k draws with seed + k - 1, so that no stage repeats
@@ -27,7 +28,9 @@ from vchitect_fast.shapes import VideoShape
 
 ONLY_RUN_WIDE = {"out", "model", "init_from_sd3", "codec", "text_encoder", "seed"}
 DECIDED_HERE = {"start_from", "resume"}  # a stage starts from the one before, and always goes on
-STAGE_FIELDS = ("name", "shapes", "batch")
+NEEDED = ("name", "shapes", "batch", "steps")
+STAGE_FIELDS = {"name", "shapes", "batch", "mesh"}  # beside those of TrainConfig
+AXES = ("dp_replicate", "dp_shard", "sp")
 CONFIG_FIELDS = {field.name for field in fields(TrainConfig)} - DECIDED_HERE
 
 
@@ -39,6 +42,7 @@ class Stage:
     shapes: tuple[VideoShape, ...]
     batch: int  # samples an optimizer step, over all ranks
     config: TrainConfig  # with its own folder, and the folder of the stage before in start_from
+    mesh: dict[str, int] | None = None  # ranks by axis, all three; None takes the Plan's
 
     @property
     def folder(self) -> Path:
@@ -46,12 +50,17 @@ class Stage:
         return Path(self.config.out)
 
     def check(self, plan: Plan) -> None:
-        """UserError where the Plan is not for this stage's shapes and batch, with what to plan."""
+        """UserError where the Plan is not for this stage's shapes, batch and mesh, with what to plan."""
         planned, wanted = {entry.shape for entry in plan.entries}, {str(shape) for shape in self.shapes}
         if planned != wanted:
             raise UserError(
                 f"stage {self.name} has the shapes {_listed(wanted)}, its Plan {self.config.plan} {_listed(planned)}; "
                 "plan these shapes with `vchitect-fast autotune`, or correct the recipe."
+            )
+        if self.mesh not in (None, plan.mesh):
+            raise UserError(
+                f"stage {self.name} has the mesh {_sizes(self.mesh)}, its Plan {self.config.plan} {_sizes(plan.mesh)}; "
+                "plan with `vchitect-fast autotune --mesh`, or correct the recipe."
             )
         for entry in plan.entries:
             if (samples := samples_a_step(plan, entry.shape)) != self.batch:
@@ -133,10 +142,8 @@ def _stage(number: int, own: dict[str, Any], shared: dict[str, Any], before: str
         if field in ONLY_RUN_WIDE:
             raise UserError(f"stage {name} sets {field}, which holds for all stages; write it above `stages`.")
         if field not in CONFIG_FIELDS and field not in STAGE_FIELDS:
-            raise unknown_name(
-                f"field of the stage {name}", str(field), [*CONFIG_FIELDS - ONLY_RUN_WIDE, *STAGE_FIELDS]
-            )
-    for field in (*STAGE_FIELDS, "steps"):
+            raise unknown_name(f"field of the stage {name}", str(field), (CONFIG_FIELDS - ONLY_RUN_WIDE) | STAGE_FIELDS)
+    for field in NEEDED:
         if field not in own:
             raise UserError(f"stage {name} lacks {field}; add it.")
     shapes, batch = _shapes(name, own["shapes"]), own["batch"]
@@ -153,7 +160,9 @@ def _stage(number: int, own: dict[str, Any], shared: dict[str, Any], before: str
             f"stage {name} has the shapes {_listed(map(str, shapes))}, its mixture weighs {_listed(config.mixture)}; "
             "give every shape a weight and no other."
         )
-    return Stage(name, shapes, batch, dataclasses.replace(config, seed=config.seed + number))
+    return Stage(
+        name, shapes, batch, dataclasses.replace(config, seed=config.seed + number), _mesh(name, own.get("mesh"))
+    )
 
 
 def _shapes(name: str, listed: Any) -> tuple[VideoShape, ...]:
@@ -166,6 +175,23 @@ def _shapes(name: str, listed: Any) -> tuple[VideoShape, ...]:
             raise UserError(f"stage {name} has the shape {text}, the nearest is {shape}; write that.")
         shapes.append(shape)
     return tuple(shapes)
+
+
+def _mesh(name: str, sizes: Any) -> dict[str, int] | None:
+    if sizes is None:
+        return None
+    if not isinstance(sizes, dict) or not all(type(size) is int and size > 0 for size in sizes.values()):
+        raise UserError(
+            f"mesh of the stage {name} must map axes to whole numbers from 1 up, got {sizes!r}; correct it."
+        )
+    for axis in sizes:
+        if axis not in AXES:
+            raise unknown_name(f"mesh axis of the stage {name}", str(axis), AXES)
+    return {axis: sizes.get(axis, 1) for axis in AXES}
+
+
+def _sizes(mesh: dict[str, int] | None) -> str:
+    return ", ".join(f"{axis} {size}" for axis, size in (mesh or {}).items() if size > 1) or "of one rank"
 
 
 def _listed(names: Any) -> str:

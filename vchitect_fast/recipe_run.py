@@ -8,7 +8,6 @@ it stand on it. `steps` of the last stage that was begun may grow. What changes 
 from __future__ import annotations
 
 import gc
-import glob
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from vchitect_fast.config import TrainConfig
 from vchitect_fast.dry_run import outlook, print_outlooks
 from vchitect_fast.errors import UserError
 from vchitect_fast.files import write_text
+from vchitect_fast.manifest import SUFFIXES
 from vchitect_fast.metrics import measured, read_log
 from vchitect_fast.plan import Plan
 from vchitect_fast.recipe import Recipe, Stage
@@ -66,10 +66,9 @@ def run_recipe(recipe: Recipe) -> list[dict[str, Any]]:
     records = finished_stages(recipe)
     for stage in recipe.stages[len(records) :]:  # a mistake in the last one should not come up after weeks
         stage.check(Plan.load(stage.config.plan))
-        if not (Path(stage.config.manifest).exists() or glob.glob(stage.config.manifest)):
-            raise UserError(
-                f"stage {stage.name}: there is no manifest {stage.config.manifest}; make it, or correct it."
-            )
+        manifest = Path(stage.config.manifest)
+        if manifest.suffix in SUFFIXES and not manifest.exists():
+            raise UserError(f"stage {stage.name}: there is no manifest {manifest}; make it, or correct it.")
     for number, stage in enumerate(recipe.stages):
         title = f"stage {number + 1} of {len(recipe.stages)}: {stage.name}"
         if number < len(records):
