@@ -4,6 +4,7 @@ dispatch   ops.bias_gelu whole (checks, autograd.Function, torch op, launcher) w
            autograd.Function that calls the same launchers directly; goal: at most 3 x
 engine     a slot out and back (offload 4 KiB, release) beside torch's empty and copy; 64 MiB each way beside memcpy
 planner    plan_run for a declared device, no alternative
+span       a profiling span that is off beside three empty calls; one that is on beside torch's own record_function
 A sample is several calls; Records hold the time of one.
 """
 
@@ -41,7 +42,7 @@ class HostBench:
 
 def host_benches() -> list[HostBench]:
     """Every one."""
-    return [*_dispatch(), *_engine(), *_planner()]
+    return [*_dispatch(), *_engine(), *_planner(), *_spans()]
 
 
 def _dispatch() -> Iterator[HostBench]:
@@ -177,6 +178,40 @@ def _planner() -> Iterator[HostBench]:
 
         shape = "one shape" if number == 1 else f"{number} shapes"
         yield HostBench("planner", shape, NONE, {"plan_run (ours)": Work(plan)}, 1, number, "1/s")
+
+
+def _spans() -> Iterator[HostBench]:
+    from vchitect_fast.profiling.span import TorchSink, recording, span
+
+    calls = 1000
+
+    def empty() -> None:
+        pass
+
+    def three_calls(_: None) -> None:
+        for _i in range(calls):
+            empty()
+            empty()
+            empty()
+
+    def spans(_: None) -> None:
+        for _i in range(calls):
+            with span("forward/spatial"):
+                pass
+
+    def recorded(_: None) -> None:
+        with recording(TorchSink()):
+            spans(None)
+
+    def bare(_: None) -> None:
+        for _i in range(calls):
+            with torch.profiler.record_function("forward/spatial"):
+                pass
+
+    off = {"span, off (ours)": Work(spans), "three empty calls": Work(three_calls)}
+    yield HostBench("span", "off", NONE, off, calls, 1, "1/s")
+    on = {"span, on (ours)": Work(recorded), "record_function": Work(bare)}
+    yield HostBench("span", "on", NONE, on, calls, 1, "1/s")
 
 
 def _declared_device() -> Any:

@@ -61,7 +61,7 @@ class Span:
         if _sinks and not torch.compiler.is_compiling():
             _begin(self)
 
-    def __exit__(self, *_error: object) -> None:
+    def __exit__(self, _kind: object, _error: object, _traceback: object) -> None:
         if (_sinks or _open) and not torch.compiler.is_compiling():
             _end(self)
 
@@ -80,8 +80,9 @@ def span(name: str, index: int | None = None) -> Span:
     """The span "kind/what", or "kind/index" with an index; AssertionError for a kind that is not in KINDS."""
     if index is not None and _sinks:
         return Span(f"{name}/{index}")
-    found = _known.get(name)
-    return found if found is not None else _made(name)
+    if name in _known:
+        return _known[name]
+    return _made(name)
 
 
 def tell(**parts: Any) -> None:
