@@ -13,6 +13,7 @@ import yaml
 
 from vchitect_fast.config import TrainConfig, describe_fields
 from vchitect_fast.errors import UserError
+from vchitect_fast.shapes import VideoShape
 
 BASE = {"manifest": "clips.jsonl", "plan": "plan.json"}
 
@@ -107,6 +108,8 @@ def test_a_value_of_another_type_is_refused(name: str, value: object, kind: str)
 def test_a_mixture_is_positive_weights_of_shapes(tmp_path: Path, value: object, said: str) -> None:
     path = run_file(tmp_path, "manifest: a\nplan: b\nmixture: {8x96x64: 3, 1x96x64: 0}\n")
     assert TrainConfig.load(path).mixture == {"8x96x64": 3.0, "1x96x64": 0.0}
+    assert TrainConfig.load(path).weights == {VideoShape(8, 96, 64): 3.0, VideoShape(1, 96, 64): 0.0}
+    assert TrainConfig(**BASE).weights is None
     with pytest.raises(UserError) as caught:
         TrainConfig.from_dict({**BASE, "mixture": value})
     assert said in str(caught.value)

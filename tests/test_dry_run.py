@@ -60,6 +60,13 @@ def test_without_a_mixture_the_clips_say_how_often_a_shape_comes(tmp_path: Path)
     assert (eight.num_clips, eight.num_windows, eight.steps) == (1, 10, pytest.approx(50))
 
 
+def test_a_shape_of_weight_0_takes_no_clips(tmp_path: Path) -> None:
+    path = edited(write_recipe(tmp_path), 2, mixture={"12x32x16": 0, "8x32x16": 1})
+    twelve, eight = outlook(Recipe.load(path).stages[2]).shapes
+    assert (twelve.num_windows, twelve.steps) == (None, 0)
+    assert (eight.num_clips, eight.steps) == (5, 6), "clips of 12 frames give windows of 8 then"
+
+
 def test_a_recipe_that_is_ready_says_so_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_recipe(tmp_path)
     before = sorted(tmp_path.rglob("*"))
@@ -97,7 +104,7 @@ def test_a_recipe_that_is_ready_says_so_and_writes_nothing(tmp_path: Path, capsy
         ),
         (lambda f: (f / "long.json").write_text("{}"), "expected a Plan of schema 1, got None"),
         (lambda f: edited(f / "recipe.yaml", 2, manifest="no.jsonl"), "cannot read the manifest no.jsonl"),
-        (lambda f: edited(f / "recipe.yaml", 2, fps=4.0), "no clip fits 12x32x16; add longer or larger clips"),
+        (lambda f: edited(f / "recipe.yaml", 2, fps=4.0), "no clip fits 12x32x16; add clips that do"),
     ],
 )
 def test_a_doubt_about_the_last_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: Any, said: str) -> None:

@@ -75,6 +75,13 @@ class TrainConfig:
             if getattr(self, name) not in known:
                 raise unknown_name(name, getattr(self, name), known)
 
+    @property
+    def weights(self) -> dict[VideoShape, float] | None:
+        """The mixture by VideoShape; None where the clips decide."""
+        if self.mixture is None:
+            return None
+        return {VideoShape.parse(name)[0]: weight for name, weight in self.mixture.items()}
+
     def save(self, path: str | Path) -> None:
         """Write the YAML that `load` reads."""
         import yaml

@@ -208,17 +208,19 @@ def _num_text_tokens(config: TrainConfig) -> int:
 
 def _data(stage: Stage, doubts: list[str]) -> tuple[dict[str, int], dict[str, int]]:
     """Clips and windows by shape, both empty where the manifest cannot be used."""
+    weights = stage.config.weights
+    used = [shape for shape in stage.shapes if weights is None or weights[shape]]  # a weight of 0 takes no clips
     try:
-        assigned = assign(read_clips(stage.config.manifest), list(stage.shapes), stage.config.fps).windows
+        assigned = assign(read_clips(stage.config.manifest), used, stage.config.fps).windows
     except UserError as error:
         doubts.append(str(error))
         return {}, {}
-    windows = {str(shape): len(found) for shape, found in assigned.items()}
-    weights = stage.config.mixture or dict.fromkeys(windows, 1.0)
-    empty = [shape for shape, number in windows.items() if not number and weights[shape]]
-    if empty:
-        doubts.append(f"no clip fits {', '.join(empty)}; add longer or larger clips, or leave the shape out")
-    return {str(shape): len({window.clip for window in found}) for shape, found in assigned.items()}, windows
+    if empty := ", ".join(str(shape) for shape in used if not assigned[shape]):
+        doubts.append(
+            f"no clip fits {empty}; add clips that do, leave the shape out, or give it the weight 0 in mixture"
+        )
+    clips = {str(shape): len({window.clip for window in found}) for shape, found in assigned.items()}
+    return clips, {str(shape): len(found) for shape, found in assigned.items()}
 
 
 def _shares(stage: Stage, windows: dict[str, int]) -> dict[str, float] | None:
