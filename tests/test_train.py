@@ -230,8 +230,9 @@ def _other_heads(folder: Path) -> None:
     config.save(folder / "run.yaml")
 
 
-def _break_shard(folder: Path) -> None:
-    next(checkpoint.latest(folder / "run").glob("*.distcp")).unlink()
+def _break_all(folder: Path) -> None:
+    for file in (folder / "run").glob("checkpoint-*/*.distcp"):
+        file.unlink()
 
 
 @pytest.mark.parametrize(
@@ -295,7 +296,7 @@ def test_refuses_before_any_work(
 @pytest.mark.parametrize(
     ("harm", "overrides", "fragment"),
     [
-        (_break_shard, [], "is missing; "),
+        (_break_all, [], "is missing; no checkpoint in "),
         (_other_heads, [], "holds a model of other sizes"),
         (lambda f: None, ["seed=1"], "was trained with seed 0, got 1"),
         (lambda f: None, ["resume=false"], "choose another out="),

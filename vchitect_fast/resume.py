@@ -1,7 +1,8 @@
-"""How a run starts and goes on: one process a folder, from its newest checkpoint, with what it was made of.
+"""How a run starts and goes on: one run a folder, from its newest whole checkpoint, with what it was made of.
 
 A checkpoint names what decides the following steps (data, sampling, schedule, batch). What would make it another model is
-refused; any other difference is allowed and said, since nobody else would notice it. This file decides nothing about a step.
+refused; any other difference is allowed and said, since nobody else would notice it: another sharding changes nothing,
+another number of samples a step does. A torn checkpoint is passed over, and said. Decides nothing about a step.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from vchitect_fast.errors import UserError
 from vchitect_fast.manifest import Clip
 from vchitect_fast.model import VchitectTransformer
 from vchitect_fast.optimizer import MasterAdamW
+from vchitect_fast.parallel.mesh import ALONE, Mesh, on_first
 from vchitect_fast.plan import Plan, ShardSpec
 
 LOCK = ".lock"
@@ -37,15 +39,22 @@ NEVER_CHANGES = ("seed", "codec", "text_encoder", "compute_dtype")  # another la
 
 
 @contextmanager
-def only_process_in(run: Path) -> Iterator[None]:
-    """Hold the run's folder for the time of the block; UserError when another process trains into it.
+def only_process_in(run: Path, mesh: Mesh = ALONE) -> Iterator[None]:
+    """Hold the run's folder for the time of the block, for all ranks of the mesh; UserError when another run has it.
 
     The lock is the kernel's (flock), so a killed process leaves none behind.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if mesh.axes is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             f"this version trains in one process, the launcher started {os.environ['WORLD_SIZE']}; start one."
         )
+    with ExitStack() as stack:
+        on_first(mesh.host_group, lambda: stack.enter_context(_locked(run)))
+        yield
+
+
+@contextmanager
+def _locked(run: Path) -> Iterator[None]:
     try:
         run.mkdir(parents=True, exist_ok=True)
         file = (run / LOCK).open("w")
@@ -59,16 +68,16 @@ def only_process_in(run: Path) -> Iterator[None]:
         yield
 
 
-def check_supported(plan: Plan) -> None:
-    """Refuse what this version would not obey: more than one process, sharding."""
-    if any(size != 1 for size in plan.mesh.values()) or plan.fsdp_group != "none":
+def check_supported(plan: Plan, mesh: Mesh = ALONE) -> None:
+    """Refuse what this version would not obey; parallel.apply.check has what concerns the ranks."""
+    if mesh.axes is None and (any(size != 1 for size in plan.mesh.values()) or plan.fsdp_group != "none"):
         wanted = f"the mesh {plan.mesh} with fsdp_group {plan.fsdp_group!r}"
         raise UserError(
             f"this version trains in one process, the Plan wants {wanted}; plan it with `vchitect-fast autotune`."
         )
     for entry in plan.entries:
         wants = {
-            "shard": entry.shard != ShardSpec(),
+            "shard": mesh.axes is None and entry.shard != ShardSpec(),
             "vae_mini_batch (one for all shapes)": entry.vae_mini_batch != plan.entries[0].vae_mini_batch,
         }
         unsupported = ", ".join(name for name, wanted in wants.items() if wanted)
@@ -89,27 +98,35 @@ def run_tensors(model: VchitectTransformer, optimizer: MasterAdamW, ema: EMA) ->
     }
 
 
-def run_state(config: TrainConfig, plan: Plan, model: TransformerConfig, clips: list[Clip]) -> dict[str, Any]:
+def run_state(
+    config: TrainConfig, plan: Plan, model: TransformerConfig, clips: list[Clip], mesh: Mesh = ALONE
+) -> dict[str, Any]:
     """What a checkpoint says of the run: enough to export it, and what decides its following steps."""
     decides: dict[str, Any] = {name: value for name, value in asdict(config).items() if name not in WITHOUT_EFFECT}
     if config.schedule == "constant":
         del decides["steps"]
     decides["clips"] = hashlib.sha256(repr(clips).encode()).hexdigest()[:12]
     decides["compute_dtype"] = plan.compute_dtype
-    decides["samples_a_step"] = {entry.shape: [entry.microbatch, entry.accumulation] for entry in plan.entries}
+    ranks = (
+        [mesh.num_dp] if mesh.num_dp > 1 else []
+    )  # that see other samples: of how they share the work nothing depends
+    decides["samples_a_step"] = {entry.shape: [entry.microbatch, entry.accumulation, *ranks] for entry in plan.entries}
     kept = asdict(config)
     for name, embedded in (("codec", "dct"), ("text_encoder", "hash")):  # export may run from elsewhere
         kept[name] = kept[name] if kept[name] == embedded else str(Path(kept[name]).resolve())
     return {"model": model.to_dict(), "config": kept, "shape": plan.entries[0].shape, "decides": decides}
 
 
-def resume(config: TrainConfig, state: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[int, dict[str, str]]:
-    """Load the newest checkpoint of `config.out`, if any, into `tensors`.
+def resume(
+    config: TrainConfig, state: dict[str, Any], tensors: dict[str, Tensor], mesh: Mesh = ALONE
+) -> tuple[int, dict[str, str]]:
+    """Load the newest whole checkpoint of `config.out`, if any, into `tensors`; every rank of the mesh calls it.
 
-    Returns the steps already done, and what differs from the run that wrote it: "old -> new" by name.
+    Returns the steps already done, and what differs from the run that wrote it: "old -> new" by name. "checkpoint" is among
+    them where newer ones are torn, with the reason.
     """
     run = Path(config.out)
-    newest = checkpoint.latest(run)
+    newest, torn = on_first(mesh.host_group, lambda: checkpoint.newest_whole(run))
     if newest is None:
         return 0, {}
     if not config.resume:
@@ -124,5 +141,7 @@ def resume(config: TrainConfig, state: dict[str, Any], tensors: dict[str, Tensor
             raise UserError(
                 f"{newest} was trained with {name} {old[name]}, got {new[name]}; use the same or another out=."
             )
-    checkpoint.load(newest, tensors)
+    if torn:
+        changed["checkpoint"] = f"{'; '.join(torn)} -> {newest.name}"
+    checkpoint.load(newest, tensors, mesh.host_group)
     return int(stored["step"]), changed

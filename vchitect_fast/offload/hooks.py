@@ -258,6 +258,6 @@ class _Block:
 
 
 def _is_parameters(tensor: Tensor) -> bool:
-    """A leaf that collects gradients, or a view of one: it stays on the device whatever backward needs."""
+    """A parameter, trained or frozen, another leaf that collects gradients, or a view of one: backward finds it on the device."""
     base = tensor._base if tensor._base is not None else tensor
-    return base.is_leaf and base.requires_grad
+    return isinstance(base, torch.nn.Parameter) or (base.is_leaf and base.requires_grad)
