@@ -27,6 +27,7 @@ from vchitect_fast.errors import UserError
 from vchitect_fast.manifest import Clip
 from vchitect_fast.model.text import load_text_encoder
 from vchitect_fast.model.vae import load_codec
+from vchitect_fast.parallel.mesh import Mesh
 from vchitect_fast.shapes import VideoShape
 
 SHORT, LONG = VideoShape(3, 64, 32), VideoShape(12, 48, 32)
@@ -127,13 +128,39 @@ def test_step_k_is_the_same_however_it_is_reached(opened: Any, tmp_path: Path, b
         assert used == {"bikes.mp4", "cut.mp4"}, "the good windows of the cut file are used"
 
 
-def test_a_window_that_fails_is_replaced_by_the_next_of_its_permutation(opened: Any, tmp_path: Path) -> None:
+def test_a_window_that_fails_is_replaced_by_the_first_good_one_of_its_stand_ins(opened: Any, tmp_path: Path) -> None:
     clips = [replace(clip, path=tmp_path / "absent.mp4") if k == 2 else clip for k, clip in enumerate(bikes_clips())]
     data = opened(clips, {SHORT: 2})
     for step in range(data.schedule.steps_per_epoch):
-        _, candidates = data.schedule.candidates(step)
-        good = (window for window in candidates if window.clip.path.name != "absent.mp4")
-        assert data.batch(step).windows == [next(good), next(good)]
+        _, samples = data.schedule.candidates(step)
+        good = [next(window for window in found if window.clip.path.name != "absent.mp4") for found in samples]
+        assert data.batch(step).windows == good
+
+
+@pytest.mark.parametrize(("bad", "mixture"), [(False, None), (True, {SHORT: 1, LONG: 3})], ids=["good", "bad, mixed"])
+def test_ranks_have_the_parts_of_what_one_process_has(
+    opened: Any, tmp_path: Path, bad: bool, mixture: dict[VideoShape, float] | None
+) -> None:
+    """Three data-parallel ranks with 1 sample each, one process with 3; files that do not decode included."""
+    clips = with_bad_clips(tmp_path) if bad else bikes_clips()
+    alone = opened(clips, {SHORT: 3, LONG: 6}, mixture=mixture)
+    ranks = [
+        opened(
+            clips, {SHORT: 1, LONG: 2}, mixture=mixture, mesh=Mesh({"dp_replicate": 1, "dp_shard": 3, "sp": 1}, rank)
+        )
+        for rank in range(3)
+    ]
+    shapes = set()
+    for step in (7, 0, 1, 2, 5):
+        whole, parts = alone.batch(step), [data.batch(step) for data in ranks]
+        shapes.add(whole.shape)
+        assert {part.shape for part in parts} == {whole.shape}
+        assert [window for part in parts for window in part.windows] == whole.windows
+        for name in ("latents", "text_embeds", "pooled"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name)), name
+    assert shapes == {SHORT, LONG}
+    firsts = [data.first_batches(5) for data in (alone, *ranks)]
+    assert len({tuple(window for batch in found for window in batch.windows) for found in firsts}) == 1
 
 
 def test_a_bad_file_is_named_once_and_not_tried_again(
@@ -141,9 +168,9 @@ def test_a_bad_file_is_named_once_and_not_tried_again(
 ) -> None:
     failed: list[Window] = []
 
-    def counted(window: Window, shape: VideoShape, fps: float) -> Tensor:
+    def counted(window: Window, *rest: Any) -> Tensor:
         try:
-            return decode_window(window, shape, fps)
+            return decode_window(window, *rest)
         except DecodeError:
             failed.append(window)
             raise
@@ -174,10 +201,32 @@ def test_a_bucket_without_a_good_window_ends_with_the_reasons(opened: Any, tmp_p
         data.first_batches(2)
 
 
-def test_planned_shapes_without_clips_are_named(opened: Any, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, logger="vchitect_fast.data"):
-        opened(bikes_clips(), {SHORT: 2, VideoShape(400, 64, 32): 2})
-    assert any("no clip fits the shape 400x64x32" in record.message for record in caplog.records)
+def test_a_planned_shape_without_clips_is_refused_in_training_and_not_in_validation(opened: Any) -> None:
+    far = VideoShape(400, 64, 32)
+    data = opened(bikes_clips(), {SHORT: 2, far: 2})
+    for call in (data.require_windows, lambda: data.batch(0)):
+        with pytest.raises(
+            UserError, match=r"400x64x32: it takes clips with 400 or more frames .* have 3 to 19.*weight 0"
+        ):
+            call()
+    assert len(data.first_batches(2)) == 1
+    opened(bikes_clips(), {SHORT: 2, far: 2}, mixture={SHORT: 1, far: 0}).batch(0)
+    with pytest.raises(UserError, match="400x64x32: it takes clips"):
+        opened(bikes_clips(), {SHORT: 2, far: 2}, mixture={SHORT: 1, far: 0.1}).batch(0)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "fragment"),
+    [
+        ({SHORT: 1.0}, "must have a weight for each planned shape .*12x48x32 lacks one; 0 leaves it out"),
+        ({SHORT: 1.0, LONG: 1.0, VideoShape(5, 16, 16): 1.0}, "has a weight for 5x16x16, which is not planned"),
+        ({SHORT: 0.0, LONG: 0.0}, "needs a weight above 0, got none"),
+        ({SHORT: 1.0, LONG: -1.0}, "must be a number from 0 up, got -1.0 for 12x48x32"),
+    ],
+)
+def test_a_mixture_of_other_shapes_is_refused(opened: Any, mixture: dict[VideoShape, float], fragment: str) -> None:
+    with pytest.raises(UserError, match=fragment):
+        opened(bikes_clips(), mixture=mixture)
 
 
 def test_the_cache_is_used_and_its_key_holds_what_matters(opened: Any, tmp_path: Path) -> None:
@@ -234,7 +283,7 @@ def test_a_cache_that_cannot_be_written_is_a_user_error(opened: Any, tmp_path: P
 def test_decoding_runs_ahead_in_one_thread(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     names: set[str] = set()
 
-    def slow(window: Window, shape: VideoShape, fps: float) -> Tensor:
+    def slow(window: Window, shape: VideoShape, *_rest: Any) -> Tensor:
         names.add(threading.current_thread().name)
         time.sleep(0.05)
         return torch.zeros(shape.num_frames, 3, shape.height, shape.width, dtype=torch.uint8)

@@ -1,19 +1,16 @@
-"""Buckets: which clips are read at which VideoShape, and which of them make up step k.
+"""Buckets: which clips are read at which VideoShape.
 
 A clip is sampled at `fps` frames a second, at start + i / fps, whatever its own rate (a slower source repeats its nearest
 frame). A Window is a run of consecutive samples of one clip; windows do not overlap and nothing about them is random, so
-that latents can be cached. `assign` gives every window its VideoShape, `Schedule` is a pure function
-of (seed, step), so that a run resumes at any step without stored state. Opens no file; standard library and numpy.
+that latents can be cached. `assign` gives every window its VideoShape; which of them make up step k is schedule.py's.
+Opens no file; standard library only.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-
-import numpy as np
 
 from vchitect_fast.errors import UserError
 from vchitect_fast.manifest import Clip
@@ -118,75 +115,13 @@ def _scale(clip: Clip, shape: VideoShape) -> float:
     return max(shape.width / clip.width, shape.height / clip.height)
 
 
-class Schedule:
-    """Which windows step k trains on: a pure function of (seed, step).
-
-    In every epoch each bucket's windows are permuted by (seed, epoch, shape) and cut into batches; the last batch is
-    filled up from the start of the same permutation; then the batches of all buckets are shuffled by (seed, epoch).
-    The draws are raw Philox words, whose stream NumPy keeps for good, so the order survives an update.
-    """
-
-    def __init__(
-        self,
-        windows_by_shape: Mapping[VideoShape, Sequence[Window]],
-        batch_by_shape: Mapping[VideoShape, int],
-        seed: int,
-    ) -> None:
-        """`batch_by_shape`: samples a step (microbatch x accumulation). UserError when there is no window or seed < 0."""
-        if seed < 0:
-            raise UserError(f"seed must be 0 or more, got {seed}; correct it in the run's YAML.")
-        self._windows = {
-            shape: windows_by_shape[shape] for shape in sorted(windows_by_shape) if windows_by_shape[shape]
-        }
-        if not self._windows:
-            counts = ", ".join(f"{shape}: 0" for shape in windows_by_shape) or "no buckets"
-            raise UserError(f"no bucket has a window to train on ({counts}); plan shapes that the clips fill.")
-        self._batch = {shape: batch_by_shape[shape] for shape in self._windows}
-        assert all(batch > 0 for batch in self._batch.values())
-        self._batches = [
-            (shape, k) for shape, found in self._windows.items() for k in range(-(-len(found) // self._batch[shape]))
-        ]
-        self._seed = seed
-        self._permutation = lru_cache(maxsize=4 * len(self._windows))(self._draw_permutation)
-        self._order = lru_cache(maxsize=4)(lambda epoch: _permutation(len(self._batches), self._seed, epoch))
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps in which every window is seen at least once."""
-        return len(self._batches)
-
-    def batch(self, step: int) -> tuple[VideoShape, list[Window]]:
-        """The shape and the windows of a step, counted from 0."""
-        shape, order = self.candidates(step)
-        return shape, [next(order) for _ in range(self._batch[shape])]
-
-    def candidates(self, step: int) -> tuple[VideoShape, Iterator[Window]]:
-        """The shape of a step and an endless iterator: the step's own windows, then those that stand in for bad ones.
-
-        It runs around the bucket's permutation again and again; whoever rejects windows must stop it.
-        """
-        epoch, position = divmod(step, len(self._batches))
-        shape, k = self._batches[self._order(epoch)[position]]
-        return shape, self._around(shape, epoch, k * self._batch[shape])
-
-    def num_windows(self, shape: VideoShape) -> int:
-        """Windows of a bucket: after so many candidates all have been seen."""
-        return len(self._windows[shape])
-
-    def batch_size(self, shape: VideoShape) -> int:
-        """Samples a step of this shape has."""
-        return self._batch[shape]
-
-    def _around(self, shape: VideoShape, epoch: int, begin: int) -> Iterator[Window]:
-        windows, permutation = self._windows[shape], self._permutation(shape, epoch)
-        while True:
-            yield windows[permutation[begin % len(windows)]]
-            begin += 1
-
-    def _draw_permutation(self, shape: VideoShape, epoch: int) -> np.ndarray:
-        return _permutation(len(self._windows[shape]), self._seed, epoch, shape.num_frames, shape.width, shape.height)
-
-
-def _permutation(length: int, *key: int) -> np.ndarray:
-    words = np.random.Philox(np.random.SeedSequence(key)).random_raw(length)
-    return np.argsort(words, kind="stable")
+def why_empty(shape: VideoShape, clips: Sequence[Clip], shapes: Sequence[VideoShape], fps: float) -> str:
+    """Of a bucket without windows: which clips it takes, and what these clips are instead."""
+    frames = sorted({other.num_frames for other in shapes})
+    longer = next((num for num in frames if num > shape.num_frames), None)
+    takes = f"{shape.num_frames}{f' to {longer - 1}' if longer else ' or more'} frames at {fps:g} fps"
+    lengths = [num_samples(clip, fps) for clip in clips]
+    fitting = sum(shape.num_frames <= num < (longer or math.inf) for num in lengths)
+    if fitting:
+        return f"of the clips with {takes} ({fitting} here) it takes those nearest to {shape.width}x{shape.height}, and all are nearer to another shape"
+    return f"it takes clips with {takes}, and the {len(clips)} clips have {min(lengths)} to {max(lengths)}"

@@ -1,37 +1,40 @@
 """Training data: clips -> buckets -> the batch of step k, as latents and text embeddings.
 
 `VideoData.batch(step)` is a function of (clips, seed, step) alone, as long as the same files decode: asked in order, after
-a resume, or out of order, with or without the cache, it returns the same bits. Windows are encoded one at a time for that reason. One background thread
-decodes the next steps; encoding stays in the caller's thread, so the two times are told apart. A window that does not
-decode is replaced by the next one of its bucket's permutation; its file is named once; a bucket without any good window
-ends the run. It never invents a frame and never shuffles by itself: the order is `buckets.Schedule`'s.
+a resume, or out of order, with or without the cache, it returns the same bits; and n data-parallel ranks return the parts of
+what one process with n times the batch returns. Windows are encoded one at a time for that reason. The ranks of an sp group
+have the same windows and each its own frames of them (parallel/vae.py).
+One background thread decodes the next steps; encoding stays in the caller's thread, so the two times are told apart. A window
+that does not decode is replaced by the first good one of its stand-ins (schedule.py); its file is named once; a bucket without
+any good window ends the run. It never invents a frame and never shuffles by itself: the order is `schedule.Schedule`'s.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+import torch.distributed as dist
 from torch import Tensor
 
 from vchitect_fast import members
-from vchitect_fast.buckets import Assignment, Schedule, Window, assign
+from vchitect_fast.buckets import Assignment, Window, assign, why_empty
+from vchitect_fast.cache import Cache, cache_key
 from vchitect_fast.errors import UserError
-from vchitect_fast.files import whole_file
 from vchitect_fast.manifest import Clip
 from vchitect_fast.model.text import TextEncoder
 from vchitect_fast.model.vae import Codec
+from vchitect_fast.parallel.mesh import ALONE, Mesh
+from vchitect_fast.parallel.vae import encode_frames, encode_texts, own_frames
+from vchitect_fast.schedule import Schedule
 from vchitect_fast.shapes import LATENT_CHANNELS, VideoShape
 from vchitect_fast.video import DecodeError, decode_window, read_video, write_video
 
@@ -44,10 +47,11 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Batch:
-    """The samples of one step: B samples of one shape."""
+    """The samples of one step that this rank has: B of one shape, and of their frames its own."""
 
     shape: VideoShape
-    latents: Tensor  # fp32 [B,T,16,h,w]
+    frames: slice  # which of the shape's frames are here; all but in an sp group
+    latents: Tensor  # fp32 [B,T_loc,16,h,w]
     text_embeds: Tensor  # [B,N,W]
     pooled: Tensor  # [B,P]
     windows: list[Window]
@@ -71,8 +75,8 @@ class _Sample:
 
     window: Window
     key: str | None
-    latents: Tensor | None = None  # fp32 [T,16,h,w]
-    frames: Tensor | None = None  # uint8 [T,3,H,W]
+    latents: Tensor | None = None  # fp32 [T_loc,16,h,w]
+    frames: Tensor | None = None  # uint8 [T_loc,3,H,W]
 
 
 @dataclass
@@ -100,12 +104,16 @@ class _Failures:
 class VideoData:
     """Batches of a manifest's clips for the shapes of a Plan.
 
-    plan_batches  samples a step for each shape (microbatch x accumulation)
+    plan_batches  samples a step and data-parallel rank for each shape (microbatch x accumulation)
     fps           frames a second at which clips are sampled
     cache         folder for latents and text embeddings, made when absent; None encodes every time
-    device        where latents and embeddings are put
+    device        where latents and embeddings are put; one that the mesh's groups carry
+    mixture       each planned shape's share of the steps, relative to the others', 0 leaves it out; None gives each as many
+                  steps as it has windows for
+    mesh          whose part of a step this is; the default is one process
 
-    Raises UserError when no clip fits any shape. Close it, or use it as a context, to stop its thread.
+    Raises UserError when no clip fits any shape, or for a mixture that is not of these shapes. Close it, or use it as a
+    context, to stop its thread.
     """
 
     def __init__(
@@ -119,19 +127,24 @@ class VideoData:
         text_encoder: TextEncoder,
         cache: Path | None,
         device: torch.device | str,
+        mixture: Mapping[VideoShape, float] | None = None,
+        mesh: Mesh = ALONE,
     ) -> None:
-        self.assignment: Assignment = assign(clips, list(plan_batches), fps)
-        self.schedule = Schedule(self.assignment.windows, plan_batches, seed)
+        shapes = _mixed(plan_batches, mixture)
+        self.assignment: Assignment = assign(clips, shapes, fps)
+        self._empty = {
+            str(shape): why_empty(shape, clips, shapes, fps) for shape in shapes if not self.assignment.windows[shape]
+        }
+        filled = None if mixture is None else {s: mixture[s] for s in shapes if str(s) not in self._empty}
+        self.schedule = Schedule(self.assignment.windows, plan_batches, seed, num_dp=mesh.num_dp, weights=filled)
+        self._mesh = mesh
         self._fps, self._codec, self._text_encoder = fps, codec, text_encoder
         self._device = torch.device(device)
-        self._cache = _Cache(cache) if cache else None
+        self._cache = Cache(cache) if cache else None
         self._failures = _Failures()
         self._texts: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
         self._ahead: dict[int, Future[tuple[VideoShape, list[_Sample]]]] = {}
-        for shape, windows in self.assignment.windows.items():
-            if not windows:
-                log.warning("no clip fits the shape %s; it is planned but will not be trained on", shape)
         if self.assignment.too_short:
             log.warning("%s", self.assignment.report())
 
@@ -145,11 +158,21 @@ class VideoData:
         """Windows that were tried and did not decode."""
         return len(self._failures.windows)
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step, counted from 0, on the device.
+    def require_windows(self) -> None:
+        """UserError when a planned shape has no window, with what would fill it; `batch` asks it too, validation does not."""
+        if self._empty:
+            reasons = "; ".join(f"{shape}: {why}" for shape, why in self._empty.items())
+            raise UserError(
+                f"no clip fits {len(self._empty)} of the shapes to train on ({reasons}); "
+                "add such clips, or plan without the shape, or give it the weight 0 in a mixture."
+            )
 
-        Raises UserError, with the first reasons, when no window of the step's shape can be decoded.
+    def batch(self, step: int) -> Batch:
+        """This rank's part of a step, counted from 0, on the device; every rank of an sp group must ask for it.
+
+        Raises UserError, with the first reasons, when no window of the step's shape can be decoded, or as `require_windows`.
         """
+        self.require_windows()
         began = time.perf_counter()
         for stale in [known for known in self._ahead if not step <= known <= step + PREFETCH_STEPS]:
             self._ahead.pop(stale).cancel()
@@ -160,7 +183,10 @@ class VideoData:
         return self._encode(shape, samples, time.perf_counter() - began)
 
     def first_batches(self, num_samples: int) -> list[Batch]:
-        """The first good windows in the manifest's order, shape by shape, at most `num_samples`, each once: for validation and samples."""
+        """The first good windows in the manifest's order, shape by shape, at most `num_samples`, each once: for validation and samples.
+
+        The same windows on every data-parallel rank, and as many a batch as a rank has in a step.
+        """
         batches = []
         for shape, windows in self.assignment.windows.items():
             samples: list[_Sample] = []
@@ -197,18 +223,20 @@ class VideoData:
         self.close()
 
     def _decode_step(self, step: int) -> tuple[VideoShape, list[_Sample]]:
-        """In the thread: the step's samples, bad windows replaced by the next good ones."""
-        shape, candidates = self.schedule.candidates(step)
+        """In the thread: this rank's samples of a step, bad windows replaced."""
+        shape, candidates = self.schedule.candidates(step, self._mesh.dp_rank)
         samples: list[_Sample] = []
-        for tried, window in enumerate(candidates):
-            if len(samples) == self.schedule.batch_size(shape):
-                break
-            if tried >= self.schedule.num_windows(shape) and not samples:
-                raise self._nothing_decodes(str(shape))
-            # A bucket smaller than the batch comes round to windows that this step already has.
-            sample = next((s for s in samples if s.window == window), None) or self._decode(window, shape)
-            samples += [sample] if sample else []
+        for windows in candidates:
+            samples.append(self._first_good(windows, shape, samples))
         return shape, samples
+
+    def _first_good(self, windows: Iterable[Window], shape: VideoShape, have: list[_Sample]) -> _Sample:
+        for window in windows:
+            # A bucket smaller than the batch comes round to windows that this step already has.
+            sample = next((s for s in have if s.window == window), None) or self._decode(window, shape)
+            if sample:
+                return sample
+        raise self._nothing_decodes(str(shape))
 
     def _decode(self, window: Window, shape: VideoShape) -> _Sample | None:
         """Latents from the cache, or frames; None, once recorded, when the window does not decode."""
@@ -218,13 +246,16 @@ class VideoData:
             key = self._latents_key(window, shape) if self._cache else None
             if self._cache and key:
                 size = [shape.num_frames, LATENT_CHANNELS, shape.latent_height, shape.latent_width]
-                found = self._cache.get(key)
-                if found and list(found["latents"].shape) == size:
-                    return _Sample(window, key, latents=found["latents"])
-            return _Sample(window, key, frames=decode_window(window, shape, self._fps))
+                found = self._cache.get_frames(key, size, self._mesh.sp_rank, self._mesh.sizes["sp"])
+                if found is not None:
+                    return _Sample(window, key, latents=found)
+            return _Sample(window, key, frames=decode_window(window, shape, self._fps, self._frames(shape)))
         except DecodeError as error:
             self._failures.add(window, error)
             return None
+
+    def _frames(self, shape: VideoShape) -> slice:
+        return own_frames(shape.num_frames, self._mesh.sp_group)
 
     def _nothing_decodes(self, what: str) -> UserError:
         reasons = "; ".join(f"{path}: {reason}" for path, reason in list(self._failures.by_file.items())[:3])
@@ -233,13 +264,15 @@ class VideoData:
     @torch.no_grad()
     def _encode(self, shape: VideoShape, samples: list[_Sample], data_s: float) -> Batch:
         began = time.perf_counter()
+        self._check_agreement(samples)
         latents: dict[Window, Tensor] = {}
         for sample in samples:
             if sample.window not in latents:
-                latents[sample.window] = self._latents(sample)
-        texts = [self._text(sample.window.clip.caption) for sample in samples]
+                latents[sample.window] = self._latents(sample, shape)
+        texts = self._encode_texts([sample.window.clip.caption for sample in samples])
         batch = Batch(
             shape=shape,
+            frames=self._frames(shape),
             latents=torch.stack([latents[sample.window] for sample in samples]),
             text_embeds=torch.stack([embeds for embeds, _ in texts]),
             pooled=torch.stack([pooled for _, pooled in texts]),
@@ -252,32 +285,54 @@ class VideoData:
         batch.encode_s = time.perf_counter() - began
         return batch
 
-    def _latents(self, sample: _Sample) -> Tensor:
+    def _check_agreement(self, samples: list[_Sample]) -> None:
+        """The ranks of an sp group must have the same windows: a step on frames of different videos would go unnoticed."""
+        if self._mesh.sp_group is None:
+            return
+        names = "|".join(f"{s.window.clip.path}/{s.window.clip.start}/{s.window.index}" for s in samples)
+        number = int.from_bytes(hashlib.sha256(names.encode()).digest()[:7], "little")
+        own = torch.tensor([number], device=self._device)
+        everyones = own.new_empty(self._mesh.sizes["sp"])
+        dist.all_gather_into_tensor(everyones, own, group=self._mesh.sp_group)
+        if len(set(everyones.tolist())) > 1:
+            bad = "; ".join(f"{path}: {reason}" for path, reason in list(self._failures.by_file.items())[-3:]) or "none"
+            raise UserError(
+                f"the ranks of an sp group read different windows, so some file reads on one rank and not on another (rank "
+                f"{self._mesh.rank} has {names}, and could not read: {bad}); mend the disk or the mount, then resume."
+            )
+
+    def _latents(self, sample: _Sample, shape: VideoShape) -> Tensor:
         if sample.latents is not None:
             return sample.latents.to(self._device)
         assert sample.frames is not None
         video = sample.frames.to(self._device).float() / 127.5 - 1
-        latents = self._codec.encode(video[None])[0].float()
+        latents = encode_frames(self._codec, video[None])[0].float()
         if self._cache and sample.key:
-            self._cache.put(sample.key, {"latents": latents})
+            self._cache.put_frames(sample.key, latents, shape.num_frames, self._mesh.sp_rank, self._mesh.sizes["sp"])
         return latents.to(self._device)
 
-    def _text(self, caption: str) -> tuple[Tensor, Tensor]:
-        if caption in self._texts:
+    def _encode_texts(self, captions: list[str]) -> list[tuple[Tensor, Tensor]]:
+        """Embeddings of each caption. Which are in memory is the same on every rank of an sp group, what the cache has may not be."""
+        missing = [caption for caption in dict.fromkeys(captions) if caption not in self._texts]
+        known = {caption: self._texts[caption] for caption in captions if caption in self._texts}
+        known |= dict(zip(missing, encode_texts(self._text, missing, self._mesh.sp_group), strict=True))
+        for caption in captions:
+            self._texts[caption] = known[caption]
             self._texts.move_to_end(caption)
-            return self._texts[caption]
-        key = _key("text", caption, self._text_encoder.fingerprint)
+        while len(self._texts) > TEXTS_IN_MEMORY:
+            self._texts.popitem(last=False)
+        return [known[caption] for caption in captions]
+
+    def _text(self, caption: str) -> tuple[Tensor, Tensor]:
+        """From the cache, or computed and put there."""
+        key = cache_key("text", caption, self._text_encoder.fingerprint)
         found = self._cache.get(key) if self._cache else None
         if found and found.keys() >= {"embeds", "pooled"}:
-            text = found["embeds"].to(self._device), found["pooled"].to(self._device)
-        else:
-            embeds, pooled = self._text_encoder.encode([caption])
-            text = embeds[0].to(self._device), pooled[0].to(self._device)
-            if self._cache:
-                self._cache.put(key, {"embeds": text[0], "pooled": text[1]})
-        self._texts[caption] = text
-        if len(self._texts) > TEXTS_IN_MEMORY:
-            self._texts.popitem(last=False)
+            return found["embeds"].to(self._device), found["pooled"].to(self._device)
+        embeds, pooled = self._text_encoder.encode([caption])
+        text = embeds[0].to(self._device), pooled[0].to(self._device)
+        if self._cache:
+            self._cache.put(key, {"embeds": text[0], "pooled": text[1]})
         return text
 
     def _latents_key(self, window: Window, shape: VideoShape) -> str:
@@ -287,43 +342,26 @@ class VideoData:
         except OSError as error:
             raise DecodeError(f"cannot open it as a video ({error.strerror})", whole_file=True) from None
         source = [str(clip.path), num_bytes, mtime_ns, clip.start, clip.end, clip.fps, clip.num_frames]
-        return _key("latents", *source, window.index, str(shape), self._fps, self._codec.fingerprint)
+        return cache_key("latents", *source, window.index, str(shape), self._fps, self._codec.fingerprint)
 
 
-def _key(kind: str, *parts: object) -> str:
-    return f"{kind}/{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}"
-
-
-class _Cache:
-    """A folder of safetensors files, one an entry. A damaged entry counts as absent, is named and is written again."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def _path(self, key: str) -> Path:
-        kind, digest = key.split("/")
-        return self._folder / kind / digest[:2] / f"{digest}.safetensors"
-
-    def get(self, key: str) -> dict[str, Tensor] | None:
-        path = self._path(key)
-        try:
-            return load(path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except SafetensorError as error:
-            log.warning("the cache file %s is damaged (%s) and is written again", path, error)
-            return None
-        except OSError as error:
+def _mixed(planned: Iterable[VideoShape], mixture: Mapping[VideoShape, float] | None) -> list[VideoShape]:
+    """The shapes to train on; UserError unless a mixture is of the planned ones."""
+    shapes = list(planned)
+    if mixture is None:
+        return shapes
+    names = ", ".join(map(str, shapes))
+    for shape in mixture:
+        if shape not in shapes:
             raise UserError(
-                f"cannot read the cache file {path} ({error.strerror}); mend its permissions or choose another cache folder."
-            ) from None
-
-    def put(self, key: str, tensors: dict[str, Tensor]) -> None:
-        path = self._path(key)
-        try:
-            with whole_file(path) as partial:
-                save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, str(partial))
-        except (OSError, SafetensorError) as error:
+                f"the mixture has a weight for {shape}, which is not planned ({names}); plan it, or take it out."
+            )
+    for shape in shapes:
+        if shape not in mixture:
             raise UserError(
-                f"cannot write the cache file {path} ({error}); free disk space or choose another cache folder."
-            ) from None
+                f"the mixture must have a weight for each planned shape ({names}), {shape} lacks one; 0 leaves it out."
+            )
+    used = [shape for shape in shapes if mixture[shape] != 0]
+    if not used:
+        raise UserError(f"a mixture needs a weight above 0, got none for {names}; give one, or leave the mixture out.")
+    return used

@@ -36,26 +36,31 @@ class DecodeError(Exception):
         self.whole_file = whole_file
 
 
-def decode_window(window: Window, shape: VideoShape, fps: float) -> Tensor:
-    """The frames of a window, cut to a shape.
+def decode_window(window: Window, shape: VideoShape, fps: float, frames: slice | None = None) -> Tensor:
+    """The frames of a window, cut to a shape; `frames` says which of them, all by default.
 
     For each wanted time (`Window.times`) the clip's frame nearest in presentation time, the earlier one at a tie; enlarged
     or shrunk (bicubic, antialiased) to cover the shape and cropped at the centre.
+
+    All of them are decoded in any case, so that ranks which share a window's frames agree on whether it is a good one.
 
     Returns uint8 RGB [T,3,H,W].
     Raises DecodeError when the file is missing, is not a video, is corrupt at a wanted frame, or ends more than one source
     frame and half a sample period before a wanted time.
     """
     wanted, patience_s = window.times(fps), 1 / window.clip.fps + 0.5 / fps
+    kept = frames or slice(0, len(wanted))
     try:
-        frames = _nearest_frames(window, wanted, patience_s, seek=True)
+        found = _nearest_frames(window, wanted, kept, patience_s, seek=True)
     except DecodeError as error:
         if error.whole_file or not wanted[0]:
             raise
         # A seek can land too late or on a damaged reference; only a decode from the beginning decides.
-        frames = _nearest_frames(window, wanted, patience_s, seek=False)
-    sized = {id(frame): fit(frame, shape.width, shape.height) for frame in {id(f): f for f in frames}.values()}
-    return torch.stack([sized[id(frame)] for frame in frames])
+        found = _nearest_frames(window, wanted, kept, patience_s, seek=False)
+    if not found:
+        return torch.empty(0, 3, shape.height, shape.width, dtype=torch.uint8)
+    sized = {id(frame): fit(frame, shape.width, shape.height) for frame in {id(f): f for f in found}.values()}
+    return torch.stack([sized[id(frame)] for frame in found])
 
 
 def fit(frame_HWC: np.ndarray, width: int, height: int) -> Tensor:
@@ -70,12 +75,14 @@ def fit(frame_HWC: np.ndarray, width: int, height: int) -> Tensor:
     return sized.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _nearest_frames(window: Window, wanted: list[float], patience_s: float, *, seek: bool) -> list[np.ndarray]:
-    """RGB frames [H,W,3], one a wanted time (ascending); the same object where one frame serves twice."""
+def _nearest_frames(
+    window: Window, wanted: list[float], kept: slice, patience_s: float, *, seek: bool
+) -> list[np.ndarray]:
+    """RGB frames [H,W,3], one a wanted time (ascending) among those `kept`; the same object where one frame serves twice."""
     clip = window.clip
     margin = 0.25 / clip.fps  # a manifest's times may be rounded; a quarter of a frame tells neighbours apart
     begin, end = clip.start - margin, clip.end - margin if clip.num_frames > 1 else math.inf
-    chosen: list[np.ndarray] = []
+    chosen: list[np.ndarray | None] = []  # None where it is another rank's
     before: tuple[float, av.VideoFrame] | None = None
     converted: tuple[av.VideoFrame, np.ndarray] | None = None
 
@@ -83,6 +90,9 @@ def _nearest_frames(window: Window, wanted: list[float], patience_s: float, *, s
         nonlocal converted
         if frame.is_corrupt:
             raise DecodeError(f"the frame for {wanted[len(chosen)]:.3f} s is corrupt")
+        if not kept.start <= len(chosen) < kept.stop:
+            chosen.append(None)
+            return
         if converted is None or converted[0] is not frame:
             converted = (frame, _to_rgb(frame))
         chosen.append(converted[1])
@@ -100,14 +110,14 @@ def _nearest_frames(window: Window, wanted: list[float], patience_s: float, *, s
                 # A millionth of a second settles ties that rounding would decide.
                 take(before[1] if before and target - before[0] <= time - target + 1e-6 else frame)
             if len(chosen) == len(wanted):
-                return chosen
+                break
             before = (time, frame)
     for target in wanted[len(chosen) :]:
         if before is None or target - before[0] > patience_s:
             last = "none" if before is None else f"{before[0]:.3f} s"
             raise DecodeError(f"no frame for {target:.3f} s, the last that decodes within the clip is at {last}")
         take(before[1])
-    return chosen
+    return [frame for frame in chosen if frame is not None]
 
 
 def _frames(path: Path, seek_s: float | None) -> Generator[tuple[float, av.VideoFrame], None, None]:

@@ -19,6 +19,8 @@ from diffusers import AutoencoderKL
 
 from vchitect_fast.errors import UserError
 from vchitect_fast.model.vae import DCTCodec, SD3Codec, load_codec
+from vchitect_fast.parallel.collectives import share
+from vchitect_fast.parallel.vae import decode_frames, encode_frames
 
 EPS = torch.finfo(torch.float32).eps
 TINY_VAE = {
@@ -202,6 +204,22 @@ def test_sd3_mini_batch_changes_nothing(vae_folder: Path, mini_batch: int) -> No
     with torch.no_grad():
         x = exact.decode(latents[0].double() / TINY_VAE["scaling_factor"] + TINY_VAE["shift_factor"]).sample
     assert_close_to_exact(codec.decode(latents), x[None].clamp(-1, 1), low.decode(latents), reduced=16 * 9)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_sd3_frames_may_be_cut_among_ranks(vae_folder: Path, num_ranks: int) -> None:
+    """11 frames, 4 at a time, whole and by each rank's share; exact is fp64."""
+    exact, codec = diffusers_vae(vae_folder / "vae").double(), load_codec(str(vae_folder / "vae"), mini_batch=4)
+    video = noise_video(1, 11, 3, 24, 16)
+    shares = [share(11, num_ranks, rank) for rank in range(num_ranks)]
+    with torch.no_grad():
+        z = (exact.encode(video[0].double()).latent_dist.mode() - TINY_VAE["shift_factor"]) * TINY_VAE["scaling_factor"]
+        x = exact.decode(z / TINY_VAE["scaling_factor"] + TINY_VAE["shift_factor"]).sample.clamp(-1, 1)
+    latents = torch.cat([encode_frames(codec, video[:, own]) for own in shares], dim=1)
+    assert_close_to_exact(latents, z[None], codec.encode(video), reduced=16 * 9)
+    low = z[None].float()
+    shown = torch.cat([decode_frames(codec, low[:, own]) for own in shares], dim=1)
+    assert_close_to_exact(shown, x[None], codec.decode(low), reduced=16 * 9)
 
 
 def test_sd3_samples_the_posterior_whatever_the_mini_batch(vae_folder: Path) -> None:
