@@ -73,7 +73,15 @@ def test_each_stage_starts_from_the_one_before(trained: Path, capsys: pytest.Cap
 
     assert main(["train", str(trained / "recipe.yaml")]) == 0
     table = capsys.readouterr().out
-    for fragment in ("predicted", "measured", "samples", "device-h", "1000 ms", "03-long/model"):
+    for fragment in (
+        "predicted",
+        "measured",
+        "samples",
+        "device-hours",
+        "1,000 ms",
+        "03-long/model",
+        "out/report.html",
+    ):
         assert fragment in table
 
 

@@ -15,21 +15,23 @@ from torch import Tensor
 from vchitect_fast import checkpoint
 from vchitect_fast.config import TrainConfig
 from vchitect_fast.errors import UserError
+from vchitect_fast.parallel.mesh import ALONE, Mesh, on_first
 
 SAME = ("codec", "text_encoder")  # what the weights mean
 
 
-def carry_over(config: TrainConfig, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def carry_over(config: TrainConfig, state: dict[str, Any], tensors: dict[str, Tensor], mesh: Mesh = ALONE) -> None:
     """Fill `tensors` in place from the newest checkpoint of `config.start_from`; nothing where that is None.
 
     state    as `resume.run_state` says of this run
     tensors  as `resume.run_tensors` names them; without `config.carry_optimizer` those of the optimizer stay as they are
+    mesh     whose ranks hold them in shards, in whatever way; every rank calls it
 
     Raises UserError when there is no checkpoint, or it is of another model, codec or text encoder.
     """
     if config.start_from is None:
         return
-    newest = checkpoint.latest(Path(config.start_from))
+    newest = on_first(mesh.host_group, lambda: checkpoint.latest(Path(str(config.start_from))))
     if newest is None:
         raise UserError(f"start_from names {config.start_from}, which holds no checkpoint; name the folder of a run.")
     stored = checkpoint.read_state(newest)
@@ -41,4 +43,4 @@ def carry_over(config: TrainConfig, state: dict[str, Any], tensors: dict[str, Te
                 f"start_from: {newest} was trained with {name} {stored['decides'][name]}, got {state['decides'][name]}; use the same."
             )
     wanted = {n: t for n, t in tensors.items() if config.carry_optimizer or not n.startswith("optimizer.")}
-    checkpoint.load(newest, wanted)
+    checkpoint.load(newest, wanted, mesh.host_group)

@@ -29,8 +29,10 @@ from vchitect_fast.errors import UserError
 from vchitect_fast.files import write_text
 from vchitect_fast.manifest import SUFFIXES
 from vchitect_fast.metrics import measured, read_log
+from vchitect_fast.parallel.mesh import read_launch
 from vchitect_fast.plan import Plan
 from vchitect_fast.recipe import Recipe, Stage
+from vchitect_fast.recipe_report import HEADINGS, rows_of, write_recipe_report
 from vchitect_fast.resume import WITHOUT_EFFECT
 from vchitect_fast.train import train
 
@@ -49,10 +51,8 @@ def run_file(path: str, overrides: Sequence[str], *, dry_run: bool, as_json: boo
     if dry_run:
         return print_outlooks([outlook(stage) for stage in recipe.stages], as_json=as_json)
     records = run_recipe(recipe)
-    if as_json:
-        print(json.dumps({"stages": records}))
-    else:
-        print_records(recipe, records)
+    if _is_first():
+        print(json.dumps({"stages": records})) if as_json else print_records(recipe, records)
     return 0
 
 
@@ -62,7 +62,7 @@ def run_recipe(recipe: Recipe) -> list[dict[str, Any]]:
     Ends early, without an error, after a SIGTERM. Raises UserError before the first step for a recipe that does not go
     with what is in its folder, and for a stage whose Plan or manifest is absent or does not fit it.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, quiet=not _is_first())
     records = finished_stages(recipe)
     for stage in recipe.stages[len(records) :]:  # a mistake in the last one should not come up after weeks
         stage.check(Plan.load(stage.config.plan))
@@ -80,8 +80,9 @@ def run_recipe(recipe: Recipe) -> list[dict[str, Any]]:
             console.print(f"stopped in {title} after step {summary['step']}; the same command goes on from there")
             break
         records.append(record_of(stage, summary))
-        if int(os.environ.get("RANK", "0")) == 0:
+        if _is_first():
             write_text(stage.folder / STAGE_FILE, json.dumps(records[-1], indent=1))
+            write_recipe_report(recipe, records)
         gc.collect()  # what this stage held must not narrow the next
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -157,50 +158,29 @@ def record_of(stage: Stage, summary: dict[str, Any]) -> dict[str, Any]:
 def table_of(records: list[dict[str, Any]]) -> Table:
     """Stage by stage, a line a shape: what was trained, and whether the predictions held."""
     table = Table(title="stages", title_justify="left", box=box.SIMPLE, pad_edge=False)
-    headings = (
-        "stage",
-        "loss",
-        "validation",
-        "shape",
-        "steps",
-        "samples",
-        "predicted",
-        "measured",
-        "error",
-        "device-h",
-    )
-    for heading in headings:
+    for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading in ("stage", "shape") else "right")
     for record in records:
-        first = True
-        for shape, values in record["shapes"].items():
-            predicted, step_s = values["predicted_step_s"], values["measured_step_s"]
-            checked = record["validation_loss"]
-            table.add_row(
-                record["name"] if first else "",
-                f"{record['loss']:.4f}" if first else "",
-                ("none" if checked is None else f"{checked:.4f}") if first else "",
-                shape,
-                str(values["num_steps"]),
-                str(values["num_samples"]),
-                f"{1000 * predicted:.0f} ms",
-                "no step" if step_s is None else f"{1000 * step_s:.0f} ms",
-                "" if step_s is None else f"{100 * (predicted / step_s - 1):+.0f} %",
-                f"{record['device_hours']:.3g}" if first else "",
-            )
-            first = False
+        for row in rows_of(record):
+            table.add_row(*row)
     return table
 
 
 def print_records(recipe: Recipe, records: list[dict[str, Any]]) -> None:
-    """The table, and where the last finished stage's model is."""
+    """The table, and where the page and the last finished stage's model are."""
     if not records:
         return
     console = Console(highlight=False)
     if not console.is_terminal:  # a file is as wide as the table
         console = Console(highlight=False, width=160)
     console.print(table_of(records))
+    console.print(f"report   {recipe.out / 'report.html'}")
     console.print(f"model    {recipe.stages[len(records) - 1].folder / 'model'}")
+
+
+def _is_first() -> bool:
+    launch = read_launch(os.environ)
+    return launch is None or launch.rank == 0
 
 
 def _read(stage: Stage) -> dict[str, Any] | None:
