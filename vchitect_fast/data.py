@@ -50,13 +50,15 @@ class Batch:
     """The samples of one step that this rank has: B of one shape, and of their frames its own."""
 
     shape: VideoShape
-    frames: slice  # which of the shape's frames are here; all but in an sp group
     latents: Tensor  # fp32 [B,T_loc,16,h,w]
     text_embeds: Tensor  # [B,N,W]
     pooled: Tensor  # [B,P]
     windows: list[Window]
     data_s: float  # seconds the caller waited for decoding
     encode_s: float  # seconds of codec, text encoder and cache writes
+    frames: slice = field(
+        default_factory=lambda: slice(None)
+    )  # which of the shape's frames are here: all but in an sp group
 
     @property
     def clips(self) -> list[Clip]:

@@ -83,7 +83,7 @@ def texts(sample: Sample) -> tuple[str, dict[str, Any]]:
 def facts(sample: Sample, said: dict[str, Any]) -> dict[str, float | int]:
     """start, end (s), num_frames, width, height, fps: as the JSON states them, else the file's own. Raises BadSample."""
     needed = ("width", "height") if sample.is_image else ("width", "height", "num_frames", "fps")
-    numbers = [said.get(name) for name in needed]
+    numbers: list[Any] = [said.get(name) for name in needed]
     if not all(
         isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number) and number > 0
         and (name == "fps" or number == int(number)) for name, number in zip(needed, numbers, strict=True)
@@ -91,7 +91,6 @@ def facts(sample: Sample, said: dict[str, Any]) -> dict[str, float | int]:
         found = probe(sample.path)
         return found | {"end": 0.0, "num_frames": 1, "fps": 1.0} if sample.is_image else found
     width, height, num_frames, fps = [*numbers, 1, 1.0][:4]
-    assert width is not None and height is not None
     end = 0.0 if num_frames == 1 else num_frames / fps
     return {
         "start": 0.0, "end": end, "num_frames": int(num_frames), "width": int(width), "height": int(height), "fps": float(fps),

@@ -133,7 +133,7 @@ def split_up(batches: list[Batch], per_step: dict[VideoShape, int]) -> list[Batc
         for k in range(0, len(batch.windows), size):
             rows = slice(k, k + size)
             tensors: list[Tensor] = [batch.latents[rows], batch.text_embeds[rows], batch.pooled[rows]]
-            found.append(Batch(batch.shape, batch.frames, *tensors, batch.windows[rows], 0.0, 0.0))
+            found.append(Batch(batch.shape, *tensors, batch.windows[rows], 0.0, 0.0))
     return found
 
 
