@@ -16,12 +16,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from vchitect_fast import checkpoint
-from vchitect_fast.parallel.mesh import ALONE, Mesh
+from vchitect_fast.parallel.mesh import ALONE, Mesh, host_group
 
 GIVE_UP_S = 60.0  # for the last write when a step has failed: the other ranks may be gone
 
@@ -35,7 +34,7 @@ class Writer:
     def __init__(self, run: Path, keep_last: int, mesh: Mesh = ALONE, *, in_background: bool = True) -> None:
         self.run, self.keep_last, self.in_background = run, keep_last, in_background
         # A group of its own: the thread's collectives must not mix with those of the steps.
-        self._group = dist.new_group(backend="gloo") if mesh.host_group is not None else None
+        self._group = host_group() if mesh.host_group is not None else None
         on_gpu = mesh.device.type == "cuda"
         self._stager = DefaultStager(
             StagingOptions(

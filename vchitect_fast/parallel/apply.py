@@ -123,7 +123,7 @@ def start_alike(model: nn.Module, mesh: Mesh) -> None:
 
 
 def _wrap(block: nn.Module, around: Callable[..., Any]) -> None:
-    block.forward = partial(around, block.forward)  # type: ignore[method-assign]
+    block.forward = partial(around, block.forward)
 
 
 def _offloaded(saving: Saving, label: str, forward: Callable[..., Any], *args: Any, **options: Any) -> Any:

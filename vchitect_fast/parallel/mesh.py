@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -179,8 +179,13 @@ def make_mesh(
         fsdp = init_device_mesh(device.type, (shard * sp,), mesh_dim_names=("fsdp",))
     return Mesh(
         {name: sizes[name] for name in AXES}, dist.get_rank(), local_world_size, device, axes, fsdp,
-        dist.new_group(backend="gloo"),
+        host_group(),
     )  # fmt: skip
+
+
+def host_group() -> dist.ProcessGroup:
+    """A new gloo group of all ranks, for what lies on the CPU; every rank calls it."""
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
 
 
 def _check_fsdp_group(fsdp_group: str, shard: int, sp: int, local_world_size: int) -> None:
@@ -201,8 +206,8 @@ def _check_fsdp_group(fsdp_group: str, shard: int, sp: int, local_world_size: in
 def read_launch(environ: Mapping[str, str]) -> Launch | None:
     """What torchrun, or srun with several tasks, says of this process; None without either. torchrun inside srun wins."""
     if "RANK" in environ and "WORLD_SIZE" in environ:
-        numbers = [_number(environ, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
-        return Launch(*numbers)
+        rank, world_size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
+        return Launch(rank, world_size, _number(environ, "LOCAL_RANK"), _number(environ, "LOCAL_WORLD_SIZE"))
     if "SLURM_PROCID" not in environ or environ.get("SLURM_STEP_NUM_TASKS", "1") == "1":
         return None  # also a shell of an allocation, and a batch script: srun starts the tasks
     nodes = _expanded(environ.get("SLURM_STEP_TASKS_PER_NODE", ""))

@@ -68,7 +68,7 @@ def shard(
 
 def _prefetch(model: nn.Module, blocks: Sequence[nn.Module], depth: int) -> None:
     """The next `depth` blocks in forward, the ones before in backward, whose order is known before the first step."""
-    order = [module for module in (model, *blocks) if isinstance(module, FSDPModule)]
+    order: list[FSDPModule] = [module for module in (model, *blocks) if isinstance(module, FSDPModule)]
     for index, module in enumerate(order):
         module.set_modules_to_forward_prefetch(order[index + 1 : index + 1 + depth])
         before = order[max(1, index - depth) : index] if index else order[max(1, len(order) - depth) :]
