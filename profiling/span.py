@@ -2,6 +2,7 @@
 
     with span("forward/spatial"): ...        a context manager, or a decorator: @span("optimizer/step")
     with span("step", 12): ...               numbered: step/12
+    with span("forward/.qkv"): ...           a part of the span around it: forward/spatial.qkv inside forward/spatial
     tell(model=model, optimizer=optimizer)   once a run: whose memory is whose
     with recording(TorchSink(), NvtxSink()): from here on spans reach the sinks; without it they do nothing
 
@@ -164,7 +165,11 @@ def _made(name: str) -> Span:
 
 
 def _begin(made: Span) -> None:
-    name = made.name
+    name, stack = made.name, _open.get(threading.get_ident())
+    kind, _, what = name.partition("/")
+    if what.startswith("."):
+        around = stack[-1][1].partition("/")[2] if stack else ""
+        name = f"{kind}/{around}{what}" if around else f"{kind}/{what[1:]}"
     # Autograd numbers the backward that a thread is in; torch's own checkpoint asks the same.
     if made.kind == "forward" and torch._C._current_graph_task_id() != -1:
         name = f"recompute/{name.partition('/')[2]}"

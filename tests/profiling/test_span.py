@@ -276,3 +276,13 @@ def test_the_offload_engine_names_its_copies() -> None:
         assert torch.equal(engine.restore(handle), torch.arange(4096.0))
     assert notes.names[0] == "copy_out/start" and notes.names[-2:] == ["copy_in/start", "copy_in/wait"]
     assert set(notes.names) <= {"copy_out/start", "copy_out/wait", "copy_in/start", "copy_in/wait"}
+
+
+def test_a_part_is_named_after_the_span_around_it() -> None:
+    notes = Notes()
+    with recording(notes):
+        with span("forward/model"), span("forward/spatial"), span("forward/.qkv"):
+            pass
+        with span("forward/.qkv"):
+            pass
+    assert notes.names == ["forward/model", "forward/spatial", "forward/spatial.qkv", "forward/qkv"]
