@@ -16,7 +16,7 @@ from vchitect_fast.profiling.memory import OWNERS, MemoryAnalysis
 from vchitect_fast.profiling.page import text
 
 WIDTH, HEIGHT = 440, 230
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 12.0, 34.0
+LEFT, RIGHT, TOP, BOTTOM = 58.0, 10.0, 12.0, 34.0
 CLASS_COLOURS = {
     GEMM: 0x1971C2, ATTENTION: 0x7048E8, ELEMENTWISE: 0x0B7285, OTHER: 0x868E96, COPY: 0x66A80F, COLLECTIVE: 0xE64980, IDLE: 0xCED4DA,
 }  # fmt: skip

@@ -35,7 +35,8 @@ ol.findings p.remedy { grid-column: 1 / -1; color: var(--soft); }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 th, td { padding: .35rem .8rem; text-align: right; vertical-align: top; font-variant-numeric: tabular-nums; border-top: 1px solid var(--line); white-space: nowrap; }
 tr:first-child > th { border-top: 0; } th { color: var(--soft); font-weight: 600; font-size: .85rem; }
-th.text, td.text { text-align: left; } td.text { white-space: normal; min-width: 8rem; } td.text:first-child { min-width: 11rem; }
+th.text, td.text { text-align: left; } td.text { white-space: normal; }
+td.text > div { width: max-content; max-width: min(24rem, 60vw); }
 .named { display: flex; gap: .45rem; } .named i { margin-top: .42rem; } .named i, .key i { flex: none; display: inline-block; width: .7rem; height: .7rem; border-radius: 3px; }
 .key i { margin-right: .45rem; }
 td .track { display: block; width: 5rem; height: .6rem; margin-top: .35rem; border-radius: 3px; background: var(--page); overflow: hidden; }
@@ -104,7 +105,12 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[i
     kind = ["text" if k in words else "" for k in range(len(heads))]
     head = "".join(f'<th class="{kind[k]}">{text(name)}</th>' for k, name in enumerate(heads))
     body = "".join(
-        "<tr>" + "".join(f'<td class="{kind[k]}">{cell}</td>' for k, cell in enumerate(row)) + "</tr>" for row in rows
+        "<tr>"
+        + "".join(
+            f'<td class="text"><div>{cell}</div></td>' if kind[k] else f"<td>{cell}</td>" for k, cell in enumerate(row)
+        )
+        + "</tr>"
+        for row in rows
     )
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
