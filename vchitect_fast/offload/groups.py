@@ -221,4 +221,6 @@ def _mapped(out: Any, values: Iterator[Any]) -> Any:
     """`out` with its non-empty tensors, or the holes where they were, replaced one after the other; the rest stays."""
     if isinstance(out, tuple | list):
         return type(out)([_mapped(item, values) for item in out])
-    return next(values) if out is _HOLE or (isinstance(out, Tensor) and out.numel()) else out
+    if isinstance(out, Tensor) and not out.numel():
+        return alias_of(out)  # not the op's own: that one gets a grad_fn, and the graph holds the Frame
+    return next(values) if out is _HOLE or isinstance(out, Tensor) else out
