@@ -85,6 +85,13 @@ def test_each_stage_starts_from_the_one_before(trained: Path, capsys: pytest.Cap
         assert fragment in table
 
 
+def test_a_stage_keeps_to_its_mixture(copied: Path) -> None:
+    """Of eight steps with weights 1 and 3, the first shape has two; its clips alone would give it two thirds."""
+    shutil.rmtree(copied.parent / "out" / "03-long")
+    record = run_recipe(Recipe.load(copied, ["long.steps=8", "long.mixture={12x32x16: 1, 8x32x16: 3}"]))[-1]
+    assert [values["num_steps"] for values in record["shapes"].values()] == [2, 6]
+
+
 def test_without_the_optimizer_its_moments_begin_at_zero(copied: Path) -> None:
     shutil.rmtree(copied.parent / "out" / "03-long")
     run_recipe(Recipe.load(copied, ["long.carry_optimizer=false"]))

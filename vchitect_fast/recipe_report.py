@@ -32,7 +32,7 @@ HEADINGS = (
     "device-hours",
 )
 COLOURS = ("#1c7ed6", "#0b7285")  # neighbouring stages
-WIDE = "figure, table { overflow-x: auto; } table { display: block; }"  # on a narrow screen the table scrolls, not the page
+WIDE = "figure, table { overflow-x: auto; } table { display: block; } img { box-sizing: border-box; }"  # on a narrow screen the table scrolls, not the page
 
 
 def write_recipe_report(recipe: Recipe, records: Sequence[dict[str, Any]]) -> Path:

@@ -196,12 +196,10 @@ def build_pipeline(
 
 def build_data(config: TrainConfig, plan: Plan, pipeline: Pipeline, clips: list[Clip]) -> VideoData:
     """The batches of the Plan's shapes from `clips`."""
-    if config.mixture is not None:  # the data knows weights from the next commit on
-        raise UserError("this version draws the shapes as their clips fill them, got a mixture; leave it out.")
     batches = {entry.video_shape: entry.microbatch * entry.accumulation for entry in plan.entries}
     return VideoData(
         clips, batches, seed=config.seed, fps=config.fps, codec=pipeline.codec, text_encoder=pipeline.text_encoder,
-        cache=Path(config.cache) if config.cache else None, device=pipeline.device,
+        cache=Path(config.cache) if config.cache else None, device=pipeline.device, mixture=config.weights,
     )  # fmt: skip
 
 
