@@ -108,7 +108,7 @@ def test_bad_members_are_skipped_and_named_like_bad_files(exported: Path, tmp_pa
     assert "would leave its folder" in reasons["secret.mp4"]
 
 
-def test_train_runs_on_an_index_of_shards_as_on_files(exported: Path, tmp_path: Path) -> None:
+def test_train_runs_on_an_index_of_shards_and_on_their_folder_as_on_files(exported: Path, tmp_path: Path) -> None:
     nano = preset("vchitect-nano")
     entry = PlanEntry(
         shape="4x32x16", policy=(Policy.keep(),) * nano.num_layers, microbatch=2, accumulation=1, num_chunks=1,
@@ -119,9 +119,10 @@ def test_train_runs_on_an_index_of_shards_as_on_files(exported: Path, tmp_path: 
         device_name="this machine", num_text_tokens=16, peak_flops=1e10,
     ).save(tmp_path / "plan.json")  # fmt: skip
     finals = {}
-    for name, table in (("files", "manifest"), ("tars", "index")):
+    places = {"files": "files/manifest.parquet", "tars": "tars/index.parquet", "folder": "tars"}
+    for name, place in places.items():
         config = TrainConfig(
-            manifest=str(exported / name / f"{table}.parquet"), plan=str(tmp_path / "plan.json"), out=str(tmp_path / name),
+            manifest=str(exported / place), plan=str(tmp_path / "plan.json"), out=str(tmp_path / name),
             model="vchitect-nano", cache=str(tmp_path / f"cache-{name}"), steps=4, warmup_steps=1, validate_every=2,
             save_every=2, log_every=2,
         )  # fmt: skip
@@ -131,5 +132,6 @@ def test_train_runs_on_an_index_of_shards_as_on_files(exported: Path, tmp_path: 
         assert main(["train", str(tmp_path / f"{name}.yaml")]) == 0
         assert [event["step"] for event in read_log(tmp_path / name, "step")] == [1, 2, 3, 4]
         finals[name] = checkpoint.load_prefix(checkpoint.latest(tmp_path / name), "")
-    assert finals["files"].keys() == finals["tars"].keys()
-    assert all(torch.equal(tensor, finals["tars"][key]) for key, tensor in finals["files"].items())
+    for name in ("tars", "folder"):
+        assert finals["files"].keys() == finals[name].keys()
+        assert all(torch.equal(tensor, finals[name][key]) for key, tensor in finals["files"].items())

@@ -211,7 +211,7 @@ def _data(stage: Stage, doubts: list[str]) -> tuple[dict[str, int], dict[str, in
     weights = stage.config.weights
     used = [shape for shape in stage.shapes if weights is None or weights[shape]]  # a weight of 0 takes no clips
     try:
-        assigned = assign(read_clips(stage.config.manifest), used, stage.config.fps).windows
+        assigned = assign(read_clips(stage.config.manifest, stage.config.cache), used, stage.config.fps).windows
     except UserError as error:
         doubts.append(str(error))
         return {}, {}

@@ -28,6 +28,7 @@ from torch.func import functional_call
 from vchitect_fast import checkpoint
 from vchitect_fast.architecture import PRESETS, TransformerConfig, preset
 from vchitect_fast.carry import carry_over
+from vchitect_fast.clips import read_clips
 from vchitect_fast.config import TrainConfig, describe_fields
 from vchitect_fast.data import Batch, VideoData
 from vchitect_fast.dry_run import outlook, print_outlooks, stage_of
@@ -35,7 +36,7 @@ from vchitect_fast.ema import EMA
 from vchitect_fast.errors import UserError
 from vchitect_fast.export import export_checkpoint
 from vchitect_fast.machine import this_device
-from vchitect_fast.manifest import Clip, read_manifest
+from vchitect_fast.manifest import Clip
 from vchitect_fast.metrics import Log, measured, peak_bytes, reset_peak, rewind_log
 from vchitect_fast.model import VchitectTransformer
 from vchitect_fast.model.flow import draw_sigma, drop_captions, flow_loss
@@ -62,7 +63,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     run, plan = Path(config.out), Plan.load(config.plan)
     check_supported(plan)
-    clips = read_manifest(config.manifest)
+    clips = read_clips(config.manifest, config.cache)
     with only_process_in(run), stop_on_sigterm() as stop:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         reset_peak(device.type)

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from vchitect_fast.clips import read_clips
 from vchitect_fast.config import TrainConfig
 from vchitect_fast.data import VideoData
-from vchitect_fast.manifest import Clip, read_manifest
+from vchitect_fast.manifest import Clip
 from vchitect_fast.metrics import Log
 from vchitect_fast.model.flow import flow_loss, sigma_quantile
 from vchitect_fast.plan import Plan
@@ -43,7 +44,7 @@ class Validation:
     ) -> None:
         """Reads the clips now, so that a mistake is found before the first step."""
         self._config, self._pipeline, self._log = config, pipeline, log
-        with open_data(read_manifest(config.validation_manifest or config.manifest)) as data:
+        with open_data(read_clips(config.validation_manifest or config.manifest, config.cache)) as data:
             self._batches = data.first_batches(NUM_CLIPS)
         self._rows = {entry.video_shape: entry.microbatch for entry in plan.entries}
 
