@@ -22,3 +22,15 @@ def read_traces(path: str | Path) -> list[Trace]:
             f"{path} must be exported first; run `nsys export --type sqlite {path.name}` and name that file."
         )
     return read_nsight(path) if is_sqlite(path) else [read_chrome(path)]
+
+
+def trace_files(place: str | Path) -> list[Path]:
+    """The file itself, or every trace in a profile's folder, by rank; UserError for a folder without any."""
+    place = Path(place)
+    if not place.is_dir():
+        return [place]
+    found = [file for end in (".json.gz", ".json", ".sqlite") for file in place.glob(f"*rank*{end}")]
+    traces = [file for file in found if not file.name.startswith("memory-")]
+    if not traces:
+        raise UserError(f"{place} must hold traces of `vchitect-fast profile`, it holds none; name the trace itself.")
+    return sorted(traces, key=lambda file: (file.suffix, int("0" + "".join(filter(str.isdigit, file.name)))))
