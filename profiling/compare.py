@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import comb, erfc, sqrt
 from pathlib import Path
@@ -22,7 +22,7 @@ import numpy as np
 
 from vchitect_fast.errors import UserError
 from vchitect_fast.profiling.analysis import analyse
-from vchitect_fast.profiling.facts import CLASSES, IDLE, STREAMS, Analysis, StepAnalysis
+from vchitect_fast.profiling.facts import CLASSES, IDLE, STREAMS, Analysis
 from vchitect_fast.profiling.reading import read_traces, trace_files
 
 ALPHA = 0.01
@@ -135,20 +135,17 @@ def _samples(analysis: Analysis) -> dict[tuple[str, str], list[float]]:
         raise UserError("expected profiles with work in their steps, got one without; analyse it to see what it holds.")
     steps = list(zip(*ranks, strict=False))
 
-    def each(measure: Callable[[StepAnalysis], float]) -> list[float]:
-        return [mean(measure(one) for one in step) for step in steps]
-
     found = {("step", "wall"): [max(one.wall_us for one in step) for step in steps]}
     for name in (*CLASSES, IDLE):
-        found["class", name] = each(lambda one, name=name: one.by_class_us[name])  # type: ignore[misc]
+        found["class", name] = [mean(one.by_class_us[name] for one in step) for step in steps]
     for name in STREAMS:
-        found["exposed", name] = each(lambda one, name=name: one.exposed_us[name])  # type: ignore[misc]
-    for name in dict.fromkeys(span.name for step in steps for one in step for span in one.by_span):
-        device = each(lambda one, name=name: sum(s.device_us for s in one.by_span if s.name == name))  # type: ignore[misc]
-        cpu = each(lambda one, name=name: sum(s.cpu_us for s in one.by_span if s.name == name))  # type: ignore[misc]
-        found["span", name] = device
-        if not any(device):  # data, checkpoints: time that only the CPU spends
-            found["span, begin to end", name] = cpu
+        found["exposed", name] = [mean(one.exposed_us[name] for one in step) for step in steps]
+    spans = [[{span.name: span for span in one.by_span} for one in step] for step in steps]
+    for name in dict.fromkeys(name for step in spans for one in step for name in one):
+        calls = [[one[name] for one in step if name in one] for step in spans]
+        found["span", name] = [sum(span.device_us for span in step) / len(ranks) for step in calls]
+        if not any(found["span", name]):  # data, checkpoints: time that only the CPU spends
+            found["span, begin to end", name] = [sum(span.cpu_us for span in step) / len(ranks) for step in calls]
     return found
 
 
