@@ -88,6 +88,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             open_log(config, done) as log,
             Console(config, plan, model.config, done) as console,
         ):
+            data.require_windows()
             if changed:
                 log.write("resumed", done, changed=changed)
                 console.resumed(changed)
