@@ -80,8 +80,10 @@ def span_rows(rank: RankAnalysis) -> list[SpanRow]:
     for name, items in found.items():
         names = {key for item in items for key in item.by_class_us}
         by_class = {key: median(item.by_class_us.get(key, 0.0) for item in items) for key in names}
-        middle = [median(getattr(item, field) for item in items) for field in ("num_calls", "cpu_us", "device_us")]
-        rows.append(SpanRow(name, items[0].kind, *middle, by_class))
+        num_calls, cpu_us, device_us = (
+            median(getattr(item, field) for item in items) for field in ("num_calls", "cpu_us", "device_us")
+        )
+        rows.append(SpanRow(name, items[0].kind, num_calls, cpu_us, device_us, by_class))
     return sorted(rows, key=lambda row: -row.device_us)
 
 
