@@ -98,8 +98,11 @@ def block(number: int, step_at: float, ids: int) -> tuple[list[dict[str, Any]], 
     return [span(f"forward/{branch}", step_at, at - step_at), *events], at, ids
 
 
-def write_big(path: Path, num_bytes: int, blocks_a_step: int = 200) -> int:
-    """Write a trace of at least `num_bytes`, laid out over lines as torch does; returns the number of its events."""
+def write_big(path: Path, num_bytes: int, blocks_a_step: int = 200, *, on_gpu: bool = True) -> int:
+    """Write a trace of at least `num_bytes`, laid out over lines as torch does; returns the number of its events.
+
+    Without a GPU it has no launches and nothing that was launched.
+    """
     num_events, at, ids, step = 0, 0.0, 1, 0
     with path.open("w") as file:
         file.write('{\n"schemaVersion": 1,\n"distributedInfo": {"backend": "nccl", "rank": 3, "world_size": 8},\n')
@@ -113,6 +116,8 @@ def write_big(path: Path, num_bytes: int, blocks_a_step: int = 200) -> int:
                 ids, begin, "Memcpy DtoH (Device -> Pinned)", begin + 50, 9000.0, 20, "gpu_memcpy", bytes=2**29
             )
             events = [span(f"step/{step}", begin, at - begin), *events, *copy]
+            if not on_gpu:
+                events = [one for one in events if one["cat"] in ("user_annotation", "cpu_op", "cpu_instant_event")]
             file.write("".join(json.dumps(one, indent=1) + ",\n" for one in events))
             num_events, ids, step = num_events + len(events), ids + 1, step + 1
         file.write(
