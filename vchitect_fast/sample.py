@@ -3,6 +3,7 @@
 A Pipeline is what sampling needs together: a velocity, a latent codec and a text encoder. `vchitect-fast sample` loads one
 from a folder that `train` or `export` wrote (its pipeline.json names codec and text encoder) or from a released folder.
 A codec or text encoder is never guessed: where the folder does not name one, the command asks for it.
+Under torchrun all ranks make one video: each holds its frames through all steps and decodes them, rank 0 gathers and writes.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +33,9 @@ from vchitect_fast.model.flow import GUIDANCE_KINDS, Velocity, sample_latents
 from vchitect_fast.model.text import TextEncoder, load_text_encoder
 from vchitect_fast.model.vae import Codec, load_codec
 from vchitect_fast.model.weights import PIPELINE_FILE, read_json
+from vchitect_fast.parallel.mesh import ALONE, Mesh, launched, read_launch
+from vchitect_fast.parallel.vae import decode_frames, encode_texts, gather_frames, own_frames
+from vchitect_fast.plan import ShardSpec
 from vchitect_fast.shapes import VideoShape
 from vchitect_fast.video import write_video
 
@@ -40,17 +46,24 @@ SETTINGS: dict[str, tuple[type, ...]] = {  # of pipeline.json
     "codec": (str,), "text_encoder": (str,), "shape": (str,), "fps": (int, float), "shift": (int, float),
 }  # fmt: skip
 FPS_RANGE = (0.1, 1000.0)
+BY_FRAMES = ShardSpec("frames", temporal="tokens")  # how `sample` cuts a video over ranks: the fewest bytes exchanged
 
 
 @dataclass
 class Pipeline:
-    """Velocity, codec and text encoder on one device."""
+    """Velocity, codec and text encoder on one device; of several ranks, one rank's.
+
+    mesh  whose sp group shares the frames of a video; the velocity is then asked for this rank's frames
+    cut   called with a video's whole number of frames before the velocity is; for a model, its `set_shard`
+    """
 
     velocity: Velocity
     config: TransformerConfig
     codec: Codec
     text_encoder: TextEncoder
     device: torch.device
+    mesh: Mesh = ALONE
+    cut: Callable[[int], None] = lambda num_frames: None
 
     def generate(
         self,
@@ -64,36 +77,59 @@ class Pipeline:
         shift: float = 1.0,
         progress: bool = False,
     ) -> Tensor:
-        """uint8 [B, T, H, W, 3] on the CPU, one video a prompt; each depends on its own seed only, not on its neighbours."""
+        """uint8 [B, T, H, W, 3] on the CPU, one video a prompt; each depends on its own seed only, not on its neighbours.
+
+        Every rank of an sp group must call it; its first rank gets the videos, the others [B, 0, H, W, 3].
+        """
         from rich import get_console
         from rich.progress import track
 
-        size = (shape.num_frames, self.config.in_channels, shape.latent_height, shape.latent_width)
+        group, num_frames = self.mesh.sp_group, shape.num_frames
+        self.cut(num_frames)
+        size = (num_frames, self.config.in_channels, shape.latent_height, shape.latent_width)
+        # Drawn whole, so that a video does not depend on how many ranks make it.
         noise = torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        prompt, empty = self._embed(prompts)
         steps = sample_latents(
-            self.velocity, noise.to(self.device), self._embed(prompts), self._embed([""]),
+            self.velocity, noise[:, own_frames(num_frames, group)].to(self.device), prompt, empty,
             num_steps=num_steps, shift=shift, guidance=guidance, guidance_kind=guidance_kind,
         )  # fmt: skip
-        shown = progress and get_console().is_terminal
+        shown = progress and self.mesh.is_first and get_console().is_terminal
         [latents] = deque(track(steps, "sampling", total=num_steps, disable=not shown, transient=True), maxlen=1)
         with torch.no_grad():
-            video = self.codec.decode(latents)
-        return to_frames(video)
+            frames = gather_frames(_quantised(decode_frames(self.codec, latents)), num_frames, group)
+        return frames.permute(0, 1, 3, 4, 2).contiguous().cpu()
 
     def write_samples(self, prompts: Sequence[str], shape: VideoShape, stem: Path, config: TrainConfig) -> Path:
-        """Samples of a training run as `<stem>-<k>.mp4` and one filmstrip `<stem>.png`; returns the filmstrip's path."""
+        """Samples of a training run as `<stem>-<k>.mp4` and one filmstrip `<stem>.png`; returns the filmstrip's path.
+
+        Every rank must call it; rank 0 writes.
+        """
         videos = self.generate(prompts, shape, seeds=range(len(prompts)), guidance=1.0, shift=config.shift)
+        if not self.mesh.is_first:
+            return stem.with_suffix(".png")
         for index, frames in enumerate(videos):
             write_video(stem.with_name(f"{stem.name}-{index}.mp4"), frames, config.fps)
         return save_filmstrip(dict(zip(prompts, videos, strict=True)), stem.with_suffix(".png"))
 
-    def _embed(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        text, pooled = self.text_encoder.encode(list(prompts))
-        return text.to(self.device), pooled.to(self.device)
+    def _embed(self, prompts: Sequence[str]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Text [B, N, W] and pooled [B, P] of the prompts, and of the empty one with B = 1."""
+
+        def encode(prompt: str) -> tuple[Tensor, Tensor]:
+            text, pooled = self.text_encoder.encode([prompt])
+            return text[0].to(self.device), pooled[0].to(self.device)
+
+        texts, pooled = zip(*encode_texts(encode, [*prompts, ""], self.mesh.sp_group), strict=True)
+        return (torch.stack(texts[:-1]), torch.stack(pooled[:-1])), (texts[-1][None], pooled[-1][None])
 
     @classmethod
-    def load(cls, folder: Path, codec: str | None, text_encoder: str | None, device: torch.device) -> Pipeline:
-        """From a model folder; `codec` and `text_encoder` override what its pipeline.json or its subfolders give."""
+    def load(
+        cls, folder: Path, codec: str | None, text_encoder: str | None, device: torch.device, mesh: Mesh = ALONE
+    ) -> Pipeline:
+        """From a model folder; `codec` and `text_encoder` override what its pipeline.json or its subfolders give.
+
+        On the ranks of a mesh each has the whole model, and a video is cut by frames over an sp group.
+        """
         model = VchitectTransformer.from_pretrained(folder)
         model.to(device).requires_grad_(False).eval()
         if device.type == "cuda":
@@ -115,6 +151,8 @@ class Pipeline:
                 pooled_width=model.config.pooled_projection_dim, device=str(device),
             ),
             device,
+            mesh,
+            partial(model.set_shard, BY_FRAMES, mesh.sp_group),
         )  # fmt: skip
 
 
@@ -148,8 +186,11 @@ def pipeline_settings(folder: Path) -> dict[str, Any]:
 
 def to_frames(video_BTCHW: Tensor) -> Tensor:
     """[-1, 1] RGB of any float dtype -> uint8 [B, T, H, W, 3] on the CPU."""
-    scaled = (video_BTCHW.float().clamp(-1, 1) + 1) * 127.5
-    return scaled.round().to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous().cpu()
+    return _quantised(video_BTCHW).permute(0, 1, 3, 4, 2).contiguous().cpu()
+
+
+def _quantised(video: Tensor) -> Tensor:
+    return ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def filmstrip(rows: dict[str, Tensor], max_frames: int = 8, caption_height: int = 18) -> Image:
@@ -192,7 +233,8 @@ def psnr_db(a: Tensor, b: Tensor) -> float:
 
 
 EXAMPLE = (
-    "example: vchitect-fast sample --model runs/train/model --prompt 'a cyclist on a road' --shape 8x128x64 --out x.mp4"
+    "example: vchitect-fast sample --model runs/train/model --prompt 'a cyclist on a road' --shape 8x128x64 --out x.mp4; "
+    "on eight GPUs: torchrun --nproc-per-node=8 -m vchitect_fast.sample --model ..."
 )
 
 
@@ -236,14 +278,22 @@ def run(args: argparse.Namespace) -> int:
             f"{args.model} does not say which shape it was trained on; give --shape, for example 16x512x288."
         )
     shape, note = VideoShape.parse(str(asked))
-    if note:
-        print(note, file=sys.stderr if args.json else sys.stdout)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = Pipeline.load(args.model, args.codec, args.text_encoder, device)
-    frames = pipeline.generate(
-        [args.prompt], shape, seeds=[args.seed], num_steps=args.steps, guidance=args.guidance,
-        guidance_kind=args.guidance_kind, shift=shift, progress=not args.json,
-    )[0]  # fmt: skip
+    launch = read_launch(os.environ)
+    with launched({"dp_replicate": 1, "dp_shard": 1, "sp": launch.world_size if launch else 1}) as mesh:
+        if note and mesh.is_first:
+            print(note, file=sys.stderr if args.json else sys.stdout)
+        pipeline = Pipeline.load(args.model, args.codec, args.text_encoder, mesh.device, mesh)
+        frames = pipeline.generate(
+            [args.prompt], shape, seeds=[args.seed], num_steps=args.steps, guidance=args.guidance,
+            guidance_kind=args.guidance_kind, shift=shift, progress=not args.json,
+        )[0]  # fmt: skip
+        if mesh.is_first:
+            write(args, shape, frames, fps)
+    return 0
+
+
+def write(args: argparse.Namespace, shape: VideoShape, frames: Tensor, fps: float) -> None:
+    """The mp4 of frames [T, H, W, 3] and its filmstrip, and say where they are."""
     write_video(args.out, frames, fps)
     strip = save_filmstrip({args.prompt: frames}, args.out.with_suffix(".png"))
     result = {
@@ -255,7 +305,6 @@ def run(args: argparse.Namespace) -> int:
         "steps": args.steps,
     }
     print(json.dumps(result) if args.json else f"{shape} at {fps:g} frames/s: {args.out}, filmstrip {strip}")
-    return 0
 
 
 def check_options(args: argparse.Namespace, shift: float, fps: float) -> None:
@@ -274,3 +323,9 @@ def check_options(args: argparse.Namespace, shift: float, fps: float) -> None:
 
 def _setting(asked: float | None, trained: float | None, default: float) -> float:
     return float(next(value for value in (asked, trained, default) if value is not None))
+
+
+if __name__ == "__main__":  # torchrun -m vchitect_fast.sample --model ...
+    from vchitect_fast.cli import main
+
+    raise SystemExit(main(["sample", *sys.argv[1:]]))
