@@ -115,6 +115,7 @@ def plan_run(
         entries=tuple(entries),
         peak_flops=device.matmul_flops.get(dtype),
         mesh=dict(mesh),
+        fsdp_group="global" if num_shards > 1 else "none",
         device_threads=device.num_threads,
         device_gib=device.memory_gib,
     )

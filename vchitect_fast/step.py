@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from vchitect_fast.config import TrainConfig
@@ -25,7 +24,7 @@ from vchitect_fast.model import VchitectTransformer
 from vchitect_fast.model.flow import draw_sigma, drop_captions, flow_loss
 from vchitect_fast.optimizer import MasterAdamW
 from vchitect_fast.parallel.apply import obey
-from vchitect_fast.parallel.mesh import ALONE, Mesh
+from vchitect_fast.parallel.mesh import ALONE, Mesh, over_ranks
 from vchitect_fast.parallel.shard import reduce_gradients
 from vchitect_fast.plan import Plan, PlanEntry
 from vchitect_fast.profiling.span import span
@@ -103,19 +102,6 @@ class Step:
                 loss.backward()
                 clock.lap("backward_s")
         return loss.detach()
-
-
-def over_ranks(mesh: Mesh, to_mean: list[float], to_max: list[float]) -> tuple[list[float], list[float]]:
-    """Means and maxima over all ranks, the same on each; every rank calls it with as many."""
-    if mesh.axes is None:
-        return to_mean, to_max
-    found = []
-    for values, op in ((to_mean, dist.ReduceOp.SUM), (to_max, dist.ReduceOp.MAX)):
-        packed = torch.tensor(values, dtype=torch.float64, device=mesh.device)
-        if values:
-            dist.all_reduce(packed, op)
-        found.append(packed.tolist())
-    return [value / mesh.world_size for value in found[0]], found[1]
 
 
 class Clock:

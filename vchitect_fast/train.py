@@ -47,15 +47,14 @@ from vchitect_fast.offload.engine import Engine
 from vchitect_fast.offload.hooks import Saving
 from vchitect_fast.offload.policy import offload_budget_bytes
 from vchitect_fast.optimizer import MasterAdamW
-from vchitect_fast.parallel.apply import obey, parallelize
-from vchitect_fast.parallel.mesh import Mesh, launched
+from vchitect_fast.parallel.apply import parallelize
+from vchitect_fast.parallel.mesh import Mesh, launched, over_ranks
 from vchitect_fast.plan import Plan
 from vchitect_fast.profiling.span import span, tell
 from vchitect_fast.recipe import is_recipe
 from vchitect_fast.resume import check_supported, only_process_in, resume, run_state, run_tensors
-from vchitect_fast.sample import Pipeline
-from vchitect_fast.shapes import VideoShape
-from vchitect_fast.step import Step, over_ranks
+from vchitect_fast.sample import BY_FRAMES, Pipeline
+from vchitect_fast.step import Step
 from vchitect_fast.train_console import Console, print_summary
 from vchitect_fast.validate import Validation
 from vchitect_fast.workload import Workload
@@ -134,7 +133,12 @@ def train_on(mesh: Mesh, config: TrainConfig, plan: Plan) -> dict[str, Any]:
             if saved_at != done:  # SIGTERM between two saves
                 save()
             newest = writer.wait() or checkpoint.latest(run)
-            summary = {"step": done, "measured": measured(run) if mesh.is_first else {}, "skipped": data.skipped, "checkpoint": str(newest)}
+            summary = {
+                "step": done,
+                "measured": measured(run) if mesh.is_first else {},
+                "skipped": data.skipped,
+                "checkpoint": str(newest),
+            }
             log.write("done", done, **{name: value for name, value in summary.items() if name != "step"})
         if done >= config.steps and newest and mesh.is_first:
             summary["model"] = str(export_checkpoint(newest, run / "model"))
@@ -210,10 +214,8 @@ def build_pipeline(config: TrainConfig, plan: Plan, model: VchitectTransformer, 
         weights = {name: tensor.to(model.proj_out.weight.dtype) for name, tensor in ema.average.items()}
         return functional_call(model, weights, inputs)
 
-    def prepare(shape: VideoShape) -> None:
-        obey(model, plan.entry(shape), mesh)
-
-    return Pipeline(velocity, model.config, codec, text_encoder, mesh.device, prepare, mesh)
+    cut = partial(model.set_shard, BY_FRAMES, mesh.sp_group)
+    return Pipeline(velocity, model.config, codec, text_encoder, mesh.device, mesh, cut)
 
 
 def build_data(config: TrainConfig, plan: Plan, pipeline: Pipeline, mesh: Mesh, clips: list[Clip]) -> VideoData:
@@ -221,7 +223,7 @@ def build_data(config: TrainConfig, plan: Plan, pipeline: Pipeline, mesh: Mesh, 
     batches = {entry.video_shape: entry.microbatch * entry.accumulation for entry in plan.entries}
     return VideoData(
         clips, batches, seed=config.seed, fps=config.fps, codec=pipeline.codec, text_encoder=pipeline.text_encoder,
-        cache=Path(config.cache) if config.cache else None, device=pipeline.device, mixture=config.mixture, mesh=mesh,
+        cache=Path(config.cache) if config.cache else None, device=pipeline.device, mixture=config.weights, mesh=mesh,
     )  # fmt: skip
 
 

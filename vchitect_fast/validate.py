@@ -67,7 +67,7 @@ class Validation:
         losses, number = [], 0
         for batch in self._batches:
             size, T = self._rows[batch.shape], batch.shape.num_frames
-            self._pipeline.prepare(batch.shape)
+            self._pipeline.cut(T)
             for first in range(0, len(batch.latents), size):
                 rows = slice(first, first + size)
                 latents = batch.latents[rows]
