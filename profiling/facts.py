@@ -73,12 +73,13 @@ class StepAnalysis:
     coverage: float  # share of the step's time on its CPU thread that spans inside it cover
     attributed: float | None  # share of device time whose span is known
     num_device_allocations: int  # cudaMalloc and the like: none in a step that has settled
-    num_allocator_retries: int  # allocations that first gave the whole cache back
+    num_allocator_retries: int  # allocations that first gave cached memory back
+    allocator_us: float = 0.0  # of the CPU, in the calls that take memory from the driver and give it back
 
 
 @dataclass(frozen=True)
 class OpTime:
-    """One op with one set of input shapes, over all steps of a rank."""
+    """One op with one set of input shapes, over all steps of a rank; a kernel of which no op is known, under its own name."""
 
     name: str
     kernel_class: str
@@ -87,7 +88,7 @@ class OpTime:
     num_calls: int
     device_us: float
     flops: float | None  # of all calls, from the shapes; None where no rule knows the op
-    num_bytes: float | None  # read and written by all calls, each input and output once
+    num_bytes: float | None  # read and written by all calls, each input and output once; moved, of a copy
     flops_per_s: float | None
     bytes_per_s: float | None
     roof_share: float | None  # of what the measured peaks allow at this intensity; None where not measured
@@ -112,19 +113,22 @@ class RankAnalysis:
     tool: str  # "torch" | "nsys"
     on_device: bool  # False: CPU only, its threads are the device and its ops the kernels
     steps: tuple[StepAnalysis, ...]
-    ops: tuple[OpTime, ...]  # longest device_us first
+    ops: tuple[OpTime, ...]  # longest device_us first, at most 200
     notes: tuple[str, ...]  # what could not be said of this trace, and why
 
 
 @dataclass(frozen=True)
 class Imbalance:
-    """Ranks side by side over the steps that all of them have."""
+    """Ranks side by side over the steps that all of them have.
+
+    A rank's own time is its step without exposed collectives: in those it waits for others, which evens out the steps.
+    """
 
     num_steps: int
-    compute_us: dict[str, float]  # rank -> median compute a step; ranks as text, files where a rank is not known
-    straggler: str  # with the most compute
-    ratio: float  # its compute / the mean - 1: what the others wait for, as a share
-    explained: str  # the span that differs most between straggler and mean, "" where none does
+    own_us: dict[str, float]  # rank -> median own time a step; ranks as text, files where a rank is not known
+    straggler: str  # with the most own time
+    ratio: float  # its own time / the mean - 1: what the others wait for, as a share
+    explained: str  # the span, or "idle", that is most above the mean of the ranks; "" where none is
 
 
 @dataclass(frozen=True)

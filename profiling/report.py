@@ -275,10 +275,10 @@ def _ranks(analysis: Analysis) -> Iterable[str]:
     yield "<h2>Ranks side by side</h2>"
     uneven = analysis.imbalance
     if uneven:
-        why = f"; most of the difference is in {foreign(uneven.explained)}" if uneven.explained else ""
+        why = f"; most of it lies in {foreign(uneven.explained)}" if uneven.explained else ""
         yield (
-            f"<p>Rank {foreign(uneven.straggler)} computes {_percent(uneven.ratio, 1)} longer than the mean over "
-            f"{uneven.num_steps} common steps{why}.</p>"
+            f"<p>Rank {foreign(uneven.straggler)} needs {_percent(uneven.ratio, 1)} more than the mean over {uneven.num_steps} "
+            f"common steps, the time in which it waits for others left out{why}.</p>"
         )
     rows = []
     for rank in analysis.ranks:

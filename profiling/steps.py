@@ -115,7 +115,7 @@ def _analyse(trace: Trace, work: Work, sets: _Sets, window: _Window) -> StepAnal
     by_span, by_class, attributed = _by_span(trace, work, sets, window)
     causes, stretches = _causes(trace, work, sets, idle)
     cpu_us = window.cpu_end - window.cpu_start
-    allocations, retries = _allocations(trace, window)
+    allocations, retries, allocator_us = _allocations(trace, window)
     return StepAnalysis(
         step=window.step,
         start_us=low,
@@ -134,6 +134,7 @@ def _analyse(trace: Trace, work: Work, sets: _Sets, window: _Window) -> StepAnal
         attributed=attributed,
         num_device_allocations=allocations,
         num_allocator_retries=retries,
+        allocator_us=allocator_us,
     )
 
 
@@ -219,15 +220,16 @@ def _stretches(work: Work, idle: Intervals, launching: np.ndarray) -> tuple[Stre
     return tuple(found)
 
 
-def _allocations(trace: Trace, window: _Window) -> tuple[int, int]:
-    """Calls that take memory from the driver, and those of them that come right after the cache was given back."""
+def _allocations(trace: Trace, window: _Window) -> tuple[int, int, float]:
+    """Calls that take memory from the driver, those of them that come right after giving some back, and the time of both."""
     calls = trace.where(Kind.RUNTIME)
     calls = calls[(trace.start_us[calls] >= window.cpu_start) & (trace.start_us[calls] < window.cpu_end)]
-    taken, retries, gave_back = 0, 0, False
     wanted = np.array([name in ALLOCATE or name in GIVE_BACK for name in trace.names], dtype=bool)
-    for event in calls[wanted[trace.name[calls]]].tolist():
-        takes = trace.names[trace.name[event]] in ALLOCATE
+    calls = calls[wanted[trace.name[calls]]]
+    taken, retries, gave_back = 0, 0, False
+    for name in trace.name[calls].tolist():
+        takes = trace.names[name] in ALLOCATE
         taken += takes
         retries += takes and gave_back
         gave_back = not takes
-    return taken, retries
+    return taken, retries, float(trace.dur_us[calls].sum())

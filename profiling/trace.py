@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 
@@ -105,8 +106,8 @@ class Columns:
         self._names: dict[str, int] = {}
         self._shapes: dict[str, int] = {}
         self._lanes: dict[Lane, int] = {}
-        self._columns = {name: array(code) for name, code in _CODES.items()}
-        self._memory = {name: array(code) for name, code in _MEMORY_CODES.items()}
+        self._columns: dict[str, array[Any]] = {name: array(code) for name, code in _CODES.items()}
+        self._memory: dict[str, array[Any]] = {name: array(code) for name, code in _MEMORY_CODES.items()}
 
     def __len__(self) -> int:
         return len(self._columns["kind"])

@@ -34,6 +34,8 @@ class Work:
     end: np.ndarray  # float64 [W]
     event: np.ndarray  # int64 [W], the kernel, copy or op
     launch: np.ndarray  # int64 [W], the call or the op that launched it; itself without a GPU
+    lane: np.ndarray  # int32 [W], the thread in which it was asked for; -1 unknown
+    moment: np.ndarray  # float64 [W], us, when it was asked for
     op: np.ndarray  # int64 [W], the innermost op behind it
     span: np.ndarray  # int32 [W], index into span_names
     kernel_class: np.ndarray  # int8 [W], index into CLASSES
@@ -70,7 +72,7 @@ def find_work(trace: Trace) -> Work:
     op = op if trace.has_device else event
     span, span_names = _name_spans(trace, threads, lane, moment)
     classes, streams = _classes(trace, event, op, span, span_names)
-    return Work(start, end, event, launch, op, span, classes, streams, span_names, spans, threads.main)
+    return Work(start, end, event, launch, lane, moment, op, span, classes, streams, span_names, spans, threads.main)
 
 
 def _launches(trace: Trace, event: np.ndarray) -> np.ndarray:
@@ -208,10 +210,12 @@ def _classes(
     trace: Trace, event: np.ndarray, op: np.ndarray, span: np.ndarray, span_names: tuple[str, ...]
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Class and stream of each piece; a copy's stream by its direction, without a GPU by its span."""
-    pairs = np.stack([trace.name[event], np.where(op >= 0, trace.name[op], -1)])
-    unique, inverse = np.unique(pairs, axis=1, return_inverse=True)
-    behind = [(trace.names[kernel], trace.names[op] if op >= 0 else "") for kernel, op in unique.T.tolist()]
-    classes = np.array([CLASSES.index(class_of(*pair)) for pair in behind], dtype=np.int8)[inverse.reshape(-1)]
+    num_names = len(trace.names) + 1
+    behind = np.where(op >= 0, trace.name[op], num_names - 1)
+    pairs, inverse = np.unique(trace.name[event].astype(np.int64) * num_names + behind, return_inverse=True)
+    texts = [*trace.names, ""]
+    named = [(texts[pair // num_names], texts[pair % num_names]) for pair in pairs.tolist()]
+    classes = np.array([CLASSES.index(class_of(*pair)) for pair in named], dtype=np.int8)[inverse]
     if trace.has_device:
         kind, way = trace.kind[event], np.array([_direction(name) for name in trace.names])[trace.name[event]]
         copies = (kind == Kind.COPY) | (kind == Kind.FILL)

@@ -93,7 +93,7 @@ def made_up_step(number: int, attack: str = "") -> StepAnalysis:
         overlap={"collective": None, "copy_out": 0.52, "copy_in": None, "copy_within": None},
         idle_by_cause_us={"launching": 900.0, "synchronizing": 0.0, "data": 2800.0, "elsewhere": 0.0},
         launch_bound=(Stretch((number - 3) * STEP_US + 8900.0, 100.0, 90.0, 12, f"optimizer/step{attack}"),), coverage=0.991, attributed=0.97,
-        num_device_allocations=0, num_allocator_retries=0,
+        num_device_allocations=0, num_allocator_retries=0, allocator_us=0.0,
     )  # fmt: skip
 
 

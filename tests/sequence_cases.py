@@ -53,13 +53,13 @@ class Case:
     dtype: str = "float64"
 
 
-def make_model(case: Case, dtype: torch.dtype) -> VchitectTransformer:
-    """Random weights everywhere: AdaLN-Zero would give the blocks no gradient. The same on every rank."""
+def make_model(case: Case, dtype: torch.dtype, device: str = "cpu") -> VchitectTransformer:
+    """Random weights everywhere: AdaLN-Zero would give the blocks no gradient. The same on every rank and device."""
     torch.manual_seed(0)
     model = VchitectTransformer(CONFIG, branches=case.branches)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
-    model = model.to(dtype)
+    model = model.to(dtype).to(device)
     if case.policies:
         model.saving = Saving(Engine(8 * MIB, delay_us_max=50), keep_last=0)
         model.set_policy(case.policies)
@@ -94,11 +94,11 @@ def _whole(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     return values(model, flow_loss(model, *make_batch(case, dtype)))
 
 
-def sharded(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+def sharded(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
     """The same of this rank's frames."""
-    model = make_model(case, dtype)
+    model = make_model(case, dtype, device)
     model.set_shard(case.spec, dist.group.WORLD, case.T)
-    latents, text, pooled, sigma, noise = make_batch(case, dtype)
+    latents, text, pooled, sigma, noise = (tensor.to(device) for tensor in make_batch(case, dtype))
     own = own_frames(case, latents), text, pooled, sigma, own_frames(case, noise)
     found = values(model, flow_loss(model, *own, num_frames=case.T))
     if model.saving.engine:
@@ -142,11 +142,11 @@ def equal(cases: Sequence[Case]) -> list[tuple[float, str]]:
     return worst
 
 
-def close_in_fp32(cases: Sequence[Case]) -> int:
-    """By the rule of close.py, with one process in fp32 as the reference and in fp64 as the exact one. How many were held to it."""
+def close_in_fp32(cases: Sequence[Case], device: str = "cpu") -> int:
+    """By the rule of close.py; one process on the CPU is the reference in fp32 and the exact one in fp64. How many were held to it."""
     num_held = 0
     for case in cases:
-        found = summed(sharded(case, torch.float32))
+        found = {name: value.cpu() for name, value in summed(sharded(case, torch.float32, device)).items()}
         if dist.get_rank() == 0:
             exact, reference = whole(case, torch.float64), whole(case, torch.float32)
             assert found.keys() == exact.keys()

@@ -128,6 +128,25 @@ def gathered_while(policy: Sequence[Policy], keep_gathered: bool) -> dict[str, l
     return counted
 
 
+def gathers_so_far(prefetch: int) -> list[int]:
+    """How many all-gathers were begun when block 0, 1, 2, 3 starts in forward, then 3, 2, 1, 0 in backward."""
+    mesh = make_mesh(sizes(1, 2, 1), "global", CPU)
+    layers = [nn.Linear(4, 4) for _ in range(4)]
+    model = nn.Sequential(nn.Linear(4, 4), *layers, nn.Linear(4, 4))
+    shard(model, layers, mesh, prefetch=prefetch)
+    found: list[int] = []
+    with CommDebugMode() as counter:
+
+        def note(*_args: Any) -> None:
+            found.append(sum(n for op, n in counter.get_comm_counts().items() if "gather" in str(op)))
+
+        for layer in layers:
+            layer.register_forward_pre_hook(note)
+            layer.register_full_backward_pre_hook(note)
+        model(torch.randn(2, 4)).sum().backward()
+    return found
+
+
 def num_gathered(model: VchitectTransformer) -> int:
     """Of the root and its blocks, those whose parameters are whole on this rank."""
     return sum(not isinstance(next(part.parameters()), DTensor) for part in (model.norm_out, *model.transformer_blocks))

@@ -217,6 +217,17 @@ def test_what_cannot_be_read_at_all_is_refused(tmp_path: Path, video: bytes) -> 
         read_clips(tmp_path, tmp_path / "file")
 
 
+def test_a_bar_is_shown_where_it_takes_long(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    read_clips(shards / "s-000.tar")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(clips_module, "PATIENCE_S", -1.0)
+    read_clips(shards / "s-001.tar")
+    assert "indexing tars" in capsys.readouterr().err
+
+
 def test_bikes_states_what_its_probe_finds(tmp_path: Path) -> None:
     write_tar(tmp_path / "b.tar", {"bikes.mp4": bikes().read_bytes()})
     [clip] = read_clips(tmp_path)

@@ -29,7 +29,10 @@ NOT_BUILT: list[str] = []  # as that page says
 LAYER_OF = {f"{PACKAGE}.{name}": layer for layer, names in LAYERS.items() for name in names.split()} | {PACKAGE: 0}
 
 # Packages beside the layers: the highest layer each may import. probe and verify run the model, so they may see it.
-SIDE = {"autotune": 0, "autotune.probe": 3, "autotune.verify": 4, "profiling": 1, "profiling.session": 4, "curation": 0}
+SIDE = {
+    "autotune": 0, "autotune.probe": 3, "autotune.verify": 4, "curation": 0,
+    "profiling": 1, "profiling.session": 4, "profiling.command": 4, "profiling.records": 4,
+}  # fmt: skip
 SIDE_OF = {f"{PACKAGE}.{name}": layer for name, layer in SIDE.items()}
 
 NO_TORCH = {0}  # layers whose modules do not import torch when they are imported

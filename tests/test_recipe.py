@@ -135,3 +135,11 @@ def test_examples_name_no_field_twice() -> None:
         values = yaml.safe_load(path.read_text())
         for name in values:
             assert path.read_text().count(f"\n{name}:") == 1, name
+
+
+def test_the_documentation_shows_a_recipe(tmp_path: Path) -> None:
+    page = (EXAMPLES.parent / "docs" / "recipe.md").read_text()
+    (tmp_path / "recipe.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    image, long = Recipe.load(tmp_path / "recipe.yaml").stages
+    assert (image.mesh, long.mesh) == (None, {"dp_replicate": 1, "dp_shard": 4, "sp": 2})
+    assert (image.config.learning_rate, long.config.learning_rate) == (1e-4, 5e-5)

@@ -151,6 +151,7 @@ def test_the_last_stage_may_grow(copied: Path) -> None:
         (1, {"batch": 4, "weight_decay": 0.5}, r"short .* \(batch: 2 -> 4; weight_decay: 0.01 -> 0.5\)"),
         (1, {"shapes": ["4x16x16"]}, r"short .* \(shapes: \['4x32x16'\] -> \['4x16x16'\]\)"),
         (1, {"manifest": "other.jsonl"}, r"short .* \(manifest: .*clips.jsonl -> other.jsonl\)"),
+        (2, {"carry_optimizer": False}, r"long .* \(carry_optimizer: True -> False\)"),
         (None, {"seed": 1}, r"image .* \(seed: 0 -> 1\)"),
         (1, {"name": "shorter"}, "out holds 02-short, which the recipe does not have"),
     ],

@@ -108,20 +108,43 @@ def test_bad_members_are_skipped_and_named_like_bad_files(exported: Path, tmp_pa
     assert "would leave its folder" in reasons["secret.mp4"]
 
 
-def test_train_runs_on_an_index_of_shards_as_on_files(exported: Path, tmp_path: Path) -> None:
+def write_plan(path: Path, *shapes: str) -> None:
     nano = preset("vchitect-nano")
-    entry = PlanEntry(
-        shape="4x32x16", policy=(Policy.keep(),) * nano.num_layers, microbatch=2, accumulation=1, num_chunks=1,
-        predicted=Prediction(1.0, {"forward_s": 0.3, "backward_s": 0.6, "optimizer_s": 0.1}, 1.0, {}, "made up for a test"),
-    )  # fmt: skip
+    predicted = Prediction(
+        1.0, {"forward_s": 0.3, "backward_s": 0.6, "optimizer_s": 0.1}, 1.0, {}, "made up for a test"
+    )
+    policy = (Policy.keep(),) * nano.num_layers
     Plan(
-        entries=(entry,), model=nano.fingerprint(), device=this_device().fingerprint(), compute_dtype="float32",
+        entries=tuple(
+            PlanEntry(shape, policy, microbatch=2, accumulation=1, num_chunks=1, predicted=predicted) for shape in shapes
+        ),
+        model=nano.fingerprint(), device=this_device().fingerprint(), compute_dtype="float32",
         device_name="this machine", num_text_tokens=16, peak_flops=1e10,
-    ).save(tmp_path / "plan.json")  # fmt: skip
+    ).save(path)  # fmt: skip
+
+
+def test_a_planned_shape_that_no_clip_fits_is_refused_before_anything_is_computed(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_plan(tmp_path / "plan.json", "4x32x16", "400x32x16")
+    config = TrainConfig(
+        manifest=str(exported / "tars"), plan=str(tmp_path / "plan.json"), out=str(tmp_path / "run"), model="vchitect-nano",
+        cache=str(tmp_path / "cache"), steps=2,
+    )  # fmt: skip
+    config.save(tmp_path / "run.yaml")
+    assert main(["train", str(tmp_path / "run.yaml")]) == 2
+    assert "400x32x16: it takes clips with 400 or more frames at 8 fps" in capsys.readouterr().err
+    assert read_log(tmp_path / "run", "validation") == []
+    assert main(["train", str(tmp_path / "run.yaml"), "mixture={4x32x16: 1, 400x32x16: 0}"]) == 0
+
+
+def test_train_runs_on_an_index_of_shards_and_on_their_folder_as_on_files(exported: Path, tmp_path: Path) -> None:
+    write_plan(tmp_path / "plan.json", "4x32x16")
     finals = {}
-    for name, table in (("files", "manifest"), ("tars", "index")):
+    places = {"files": "files/manifest.parquet", "tars": "tars/index.parquet", "folder": "tars"}
+    for name, place in places.items():
         config = TrainConfig(
-            manifest=str(exported / name / f"{table}.parquet"), plan=str(tmp_path / "plan.json"), out=str(tmp_path / name),
+            manifest=str(exported / place), plan=str(tmp_path / "plan.json"), out=str(tmp_path / name),
             model="vchitect-nano", cache=str(tmp_path / f"cache-{name}"), steps=4, warmup_steps=1, validate_every=2,
             save_every=2, log_every=2,
         )  # fmt: skip
@@ -131,5 +154,6 @@ def test_train_runs_on_an_index_of_shards_as_on_files(exported: Path, tmp_path: 
         assert main(["train", str(tmp_path / f"{name}.yaml")]) == 0
         assert [event["step"] for event in read_log(tmp_path / name, "step")] == [1, 2, 3, 4]
         finals[name] = checkpoint.load_prefix(checkpoint.latest(tmp_path / name), "")
-    assert finals["files"].keys() == finals["tars"].keys()
-    assert all(torch.equal(tensor, finals["tars"][key]) for key, tensor in finals["files"].items())
+    for name in ("tars", "folder"):
+        assert finals["files"].keys() == finals[name].keys()
+        assert all(torch.equal(tensor, finals[name][key]) for key, tensor in finals["files"].items())

@@ -27,6 +27,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("vchitect_fast.train", "train a transformer by a Plan"),
     "sample": ("vchitect_fast.sample", "make a video from a prompt"),
     "bench": ("vchitect_fast.benchmarks.command", "measure every op beside its alternatives; compare two results"),
+    "profile": (
+        "vchitect_fast.profiling.command",
+        "where the time and the memory of a step went, and what to change; for any trace; two beside each other",
+    ),
     "export": ("vchitect_fast.export", "write a checkpoint as a folder under the released names"),
 }
 

@@ -37,10 +37,10 @@ Advance = Callable[[int, int], None]  # tars and clips done
 log = logging.getLogger(__name__)
 
 
-def read_clips(name: str | Path, index: Path | None = None) -> list[Clip]:
+def read_clips(name: str | Path, index: str | Path | None = None) -> list[Clip]:
     """The clips of a manifest or of tars, in their order, with absolute paths.
 
-    index  folder for the index files of tars; None puts them into `.vchitect-fast` beside each tar
+    index  folder for the index files of tars, a run's `cache`; None puts them into `.vchitect-fast` beside each tar
 
     Raises UserError as `read_manifest`, and for tars of which none is there, has a usable sample, or can be indexed.
     """
@@ -51,7 +51,7 @@ def read_clips(name: str | Path, index: Path | None = None) -> list[Clip]:
     reasons: list[str] = []
     with _bar(len(tars)) as advance:
         for tar in tars:
-            found = _contents(tar, index, advance)
+            found = _contents(tar, Path(index) if index else None, advance)
             clips += [Clip(**{**row, "path": tar / row["path"]}) for row in found.rows]
             if said := found.report(tar):
                 log.warning("%s", said)

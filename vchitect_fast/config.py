@@ -26,7 +26,7 @@ Mixture = dict[str, float]  # weight by VideoShape
 class TrainConfig:
     """One training run."""
 
-    manifest: str  # clips to train on: .parquet, .jsonl or .csv
+    manifest: str  # clips to train on: .parquet, .jsonl or .csv, or WebDataset .tar files (a folder, or shards/*.tar)
     plan: str  # plan.json of `vchitect-fast autotune`; names shapes, microbatch, recomputation, dtype
     out: str = "runs/train"  # folder of log.jsonl, checkpoints, samples and the exported model
     model: str = "vchitect-2b"  # a preset, or a folder with config.json and safetensors

@@ -106,7 +106,7 @@ def outlook(stage: Stage) -> StageOutlook:
         num_ranks=ranks,
         shapes=tuple(shapes),
         step_s=mean,
-        imbalance=slowest / mean - 1 if mean and slowest is not None else None,
+        imbalance=max(0.0, slowest / mean - 1) if mean and slowest is not None else None,
         device_hours=None if ranks is None or mean is None else ranks * mean * stage.config.steps / 3600,
         doubts=tuple(doubts),
     )
@@ -148,7 +148,7 @@ def print_outlooks(outlooks: Sequence[StageOutlook], *, as_json: bool) -> int:
     unknown = sum(value is None for value in hours)
     known = math.fsum(value for value in hours if value is not None)
     rest = f"; {unknown} of {len(hours)} stages not known" if unknown else " in all"
-    console.print(f"{known:,.3g} device-hours predicted{rest}" if unknown < len(hours) else "device-hours not known")
+    console.print(f"{amount(known)} device-hours predicted{rest}" if unknown < len(hours) else "device-hours not known")
     for item in outlooks:
         for doubt in item.doubts:
             console.print(f"{item.name}: {doubt}", soft_wrap=True)
@@ -211,7 +211,7 @@ def _data(stage: Stage, doubts: list[str]) -> tuple[dict[str, int], dict[str, in
     weights = stage.config.weights
     used = [shape for shape in stage.shapes if weights is None or weights[shape]]  # a weight of 0 takes no clips
     try:
-        assigned = assign(read_clips(stage.config.manifest), used, stage.config.fps).windows
+        assigned = assign(read_clips(stage.config.manifest, stage.config.cache), used, stage.config.fps).windows
     except UserError as error:
         doubts.append(str(error))
         return {}, {}
@@ -259,15 +259,20 @@ def _table(outlooks: Sequence[StageOutlook]) -> Table:
                 _or(row.num_clips, "{}", "unknown"),
                 _or(row.num_windows, "{}", "unknown"),
                 _or(row.steps, "{:,.0f}", "unknown"),
-                _or(row.step_s, "{:.3g} s", NOT_PLANNED),
+                NOT_PLANNED if row.step_s is None else f"{amount(row.step_s)} s",
                 _or(row.peak_gib, "{:.2f}", NOT_PLANNED),
                 _or(row.device_gib, "{}", ""),
                 {True: "yes", False: "NO", None: ""}[row.fits],
                 _or(item.num_ranks, "{}", "") if first else "",
                 _or(item.imbalance, "{:.0%}", "") if first else "",
-                _or(item.device_hours, "{:,.3g}", "unknown") if first else "",
+                ("unknown" if item.device_hours is None else amount(item.device_hours)) if first else "",
             )
     return table
+
+
+def amount(number: float) -> str:
+    """Three digits of a small number, every digit of a large one."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
 
 
 def _or(value: Any, form: str, otherwise: str) -> str:

@@ -52,7 +52,7 @@ class Policy:
         return cls(KEEP, RECOMPUTE, RECOMPUTE, RECOMPUTE, RECOMPUTE)
 
 
-SHARDED = {  # axis -> what each branch may reshard to
+SHARDED: dict[str, dict[str, tuple[str, ...]]] = {  # axis -> what each branch may reshard to
     "batch": {"spatial": ("none",), "temporal": ("none",), "cross": ("none",)},
     "frames": {"spatial": ("none",), "temporal": ("tokens",), "cross": ("none",)},
     "tokens": {"spatial": ("heads", "frames"), "temporal": ("none",), "cross": ("none",)},

@@ -14,6 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from vchitect_fast.dry_run import amount
 from vchitect_fast.files import write_text
 from vchitect_fast.metrics import read_log
 from vchitect_fast.recipe import Recipe
@@ -74,7 +75,7 @@ def rows_of(record: dict[str, Any]) -> list[tuple[str, ...]]:
             f"{1000 * predicted:,.0f} ms",
             "no step" if step_s is None else f"{1000 * step_s:,.0f} ms",
             "" if step_s is None else f"{100 * (predicted / step_s - 1):+.0f} %",
-            f"{record['device_hours']:,.3g}" if first else "",
+            amount(record["device_hours"]) if first else "",
         ))  # fmt: skip
     return rows
 

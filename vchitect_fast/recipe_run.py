@@ -37,11 +37,8 @@ from vchitect_fast.resume import WITHOUT_EFFECT
 from vchitect_fast.train import train
 
 STAGE_FILE = "stage.json"
-ASKED = {
-    "manifest",
-    "model",
-    "init_from_sd3",
-}  # of the fields without effect on a step, those that name what was trained
+# Fields without effect on a further step, but on what the first one began with.
+ASKED = {"manifest", "model", "init_from_sd3", "carry_optimizer"}
 NUM_LAST = 20  # steps whose mean training loss is reported
 
 
@@ -124,7 +121,7 @@ def finished_stages(recipe: Recipe) -> list[dict[str, Any]]:
 
 def asked_of(stage: Stage) -> dict[str, Any]:
     """What the recipe asks of a stage, as JSON: what decides its steps, and nothing of where things are written."""
-    values = {n: v for n, v in asdict(stage.config).items() if n not in WITHOUT_EFFECT - ASKED and n != "start_from"}
+    values = {n: v for n, v in asdict(stage.config).items() if n not in WITHOUT_EFFECT - ASKED}
     return {"shapes": [str(shape) for shape in stage.shapes], "batch": stage.batch, **values}
 
 

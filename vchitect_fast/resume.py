@@ -29,10 +29,10 @@ from vchitect_fast.parallel.mesh import ALONE, Mesh, on_first
 from vchitect_fast.plan import Plan, ShardSpec
 
 LOCK = ".lock"
-# Fields that change no step: where things are written, how often, and under which name things are found.
+# Fields that change no further step: where things are written, how often, under which name they are found, where it began.
 WITHOUT_EFFECT = {
     "manifest", "plan", "out", "cache", "log_every", "validate_every", "validation_manifest", "sample_every", "save_every",
-    "keep_last", "resume", "tensorboard", "wandb_project", "model", "init_from_sd3",
+    "keep_last", "resume", "tensorboard", "wandb_project", "model", "init_from_sd3", "start_from", "carry_optimizer",
 }  # fmt: skip
 NEVER_CHANGES = ("seed", "codec", "text_encoder", "compute_dtype")  # another latent space or another stream of draws
 

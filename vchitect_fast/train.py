@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ from vchitect_fast.offload.hooks import Saving
 from vchitect_fast.offload.policy import offload_budget_bytes
 from vchitect_fast.optimizer import MasterAdamW
 from vchitect_fast.parallel.apply import parallelize
-from vchitect_fast.parallel.mesh import Mesh, launched, over_ranks
+from vchitect_fast.parallel.mesh import Mesh, launched, over_ranks, read_launch
 from vchitect_fast.plan import Plan
 from vchitect_fast.profiling.span import span, tell
 from vchitect_fast.recipe import is_recipe
@@ -74,7 +75,7 @@ def train_on(mesh: Mesh, config: TrainConfig, plan: Plan) -> dict[str, Any]:
     """This rank's part of the run; every rank of the mesh calls it, and gets the summary."""
     run = Path(config.out)
     check_supported(plan, mesh)
-    clips = read_clips(config.manifest)
+    clips = read_clips(config.manifest, config.cache)
     with only_process_in(run, mesh), stop_on_sigterm() as stop:
         reset_peak(mesh.device.type)
         model = build_model(config, plan).to(mesh.device)
@@ -97,6 +98,7 @@ def train_on(mesh: Mesh, config: TrainConfig, plan: Plan) -> dict[str, Any]:
             Console(config, plan, model.config, done, mesh) as console,
             Writer(run, config.keep_last, mesh, in_background=mesh.device.type == "cuda") as writer,
         ):
+            data.require_windows()
             if changed:
                 log.write("resumed", done, changed=changed)
                 console.resumed(changed)
@@ -282,7 +284,9 @@ def run(args: argparse.Namespace) -> int:
     config = TrainConfig.load(args.run_file, args.overrides)
     if args.dry_run:
         return print_outlooks([outlook(stage_of(config))], as_json=args.json)
-    summary = train(config)
+    launch, summary = read_launch(os.environ), train(config)
+    if launch is not None and launch.rank > 0:
+        return 0
     if args.json:
         print(json.dumps(summary))
     else:

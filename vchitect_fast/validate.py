@@ -47,7 +47,7 @@ class Validation:
     ) -> None:
         """Reads the clips now, so that a mistake is found before the first step."""
         self._config, self._pipeline, self._log, self._mesh = config, pipeline, log, mesh
-        with open_data(read_clips(config.validation_manifest or config.manifest)) as data:
+        with open_data(read_clips(config.validation_manifest or config.manifest, config.cache)) as data:
             self._batches = data.first_batches(NUM_CLIPS)
         self._rows = {entry.video_shape: entry.microbatch for entry in plan.entries}
 

@@ -186,6 +186,7 @@ def test_a_mesh_divides_batch_rows_and_states() -> None:
 
     one, two = plan(4).entries[0], plan(8, dp_shard=2)
     assert two.mesh == {"dp_replicate": 1, "dp_shard": 2, "sp": 1}
+    assert [p.fsdp_group for p in (two, plan(4, sp=2), plan(4, dp_replicate=2))] == ["global", "global", "none"]
     [dp] = two.entries
     assert (dp.microbatch, dp.accumulation, dp.shard) == (one.microbatch, one.accumulation, ShardSpec())
     assert dp.predicted.step_parts_s["forward_s"] == one.predicted.step_parts_s["forward_s"]

@@ -89,12 +89,17 @@ def test_a_plan_for_other_ranks_is_refused() -> None:
         apply_cases.train(plan_of_ranks((1, 1, 2), FRAMES), ALONE)
 
 
+@cache
+def foreign_alone() -> dict[str, Any]:
+    return apply_cases.train_foreign(None, None, ALONE)
+
+
 ACTIONS = [None, ("recompute", "keep", "recompute"), ("offload", "recompute", "offload")]
 
 
 @pytest.mark.parametrize("actions", ACTIONS)
 def test_a_model_that_is_not_ours_trains_in_shards_as_in_one_process(actions: tuple[str, ...] | None) -> None:
-    expected = apply_cases.train_foreign(None, None, ALONE)
+    expected = foreign_alone()
     for found in ranks(2).run("apply_cases:train_foreign_on", actions):
         assert_same_training(found, expected)
         assert bool(found["moved"]) == bool(actions and "offload" in actions)
@@ -102,12 +107,11 @@ def test_a_model_that_is_not_ours_trains_in_shards_as_in_one_process(actions: tu
 
 
 def test_actions_work_in_one_process_too() -> None:
-    expected = apply_cases.train_foreign(None, None, ALONE)
-    assert_same_training(apply_cases.train_foreign(ACTIONS[2], None, ALONE), expected)
+    assert_same_training(apply_cases.train_foreign(ACTIONS[2], None, ALONE), foreign_alone())
 
 
 def test_a_model_that_is_not_ours_computes_in_bf16_on_fp32_masters() -> None:
-    expected = apply_cases.train_foreign(None, None, ALONE)
+    expected = foreign_alone()
     for found in ranks(2).run("apply_cases:train_foreign_on", ("recompute",) * 3, "bfloat16"):
         assert found["dtypes"] == {"torch.bfloat16"}
         assert all(master.dtype == torch.float32 for master in found["masters"].values())

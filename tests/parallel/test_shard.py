@@ -99,6 +99,19 @@ def test_parameters_may_stay_gathered_between_microbatches() -> None:
         assert found["after_backward"] == [3, 0]
 
 
+@pytest.mark.parametrize(
+    ("prefetch", "forward", "backward"),
+    [(0, [2, 3, 4, 5], [7, 8, 9, 10]), (1, [3, 4, 5, 5], [7, 8, 9, 10]), (2, [4, 5, 5, 5], [8, 9, 10, 10])],
+)
+def test_parameters_are_on_their_way_before_their_block_starts(
+    prefetch: int, forward: list[int], backward: list[int]
+) -> None:
+    """Root and four blocks. Forward: the root's, the block's own and `prefetch` more. Backward hooks run before the block's
+    own gather, so that what is counted then was fetched ahead; FSDP2 itself fetches one there."""
+    for found in ranks(2).run("shard_cases:gathers_so_far", prefetch):
+        assert found == forward + backward
+
+
 def test_the_average_stands_in_for_sharded_masters_and_leaves() -> None:
     for found in ranks(2).run("shard_cases:average_standing_in"):
         assert found["inside"] == pytest.approx(found["average_alone"], rel=TOLERANCE)

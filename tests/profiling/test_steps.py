@@ -113,7 +113,7 @@ def test_every_idle_microsecond_has_its_cause(step: StepAnalysis) -> None:
 
 
 def test_allocations_and_retries_are_counted(step: StepAnalysis) -> None:
-    assert (step.num_device_allocations, step.num_allocator_retries) == (2, 1)
+    assert (step.num_device_allocations, step.num_allocator_retries, step.allocator_us) == (2, 1, us(4))
 
 
 def test_an_asynchronous_step_lasts_as_long_as_its_kernels(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ Letters: B batch, T frames, S visual tokens a frame, N text tokens, J = S + N, D
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +44,14 @@ def modulate(x_BTLD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     """LayerNorm without affine, then y (1 + scale) + shift; scale and shift per sample."""
     normed = F.layer_norm(x_BTLD, x_BTLD.shape[-1:], eps=NORM_EPS)
     return normed * (1 + scale_BD[:, None, None]) + shift_BD[:, None, None]
+
+
+def attend(branch: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """A branch of attention.py. A rank without a row asks no kernel, not all take an empty batch, but is in every backward."""
+    if not q.numel():
+        return q + 0 * (k.sum() + v.sum())
+    with group("branch_out"):
+        return branch(q, k, v, **options)
 
 
 class AdaLN(nn.Module):
@@ -113,8 +123,7 @@ class BranchAttention(nn.Module):
         if self.branches.spatial:
             q, k, v = joint(self.to_q, self.to_k, self.to_v, rows=exchange.spatial_rows(), sent=exchange.sends_heads)
             q, k, v = exchange.spatial_heads(q, k, v)
-            with group("branch_out"):
-                spatial = spatial_attention(q, k, v, backend=backend["spatial"])
+            spatial = attend(spatial_attention, q, k, v, backend=backend["spatial"])
             y = SPATIAL_WEIGHT * exchange.spatial_back(spatial).flatten(-2)
         if self.branches.cross:
             (q,) = joint(self.to_q_cross, rows=(x_BTSD, c_BTND))
@@ -124,18 +133,15 @@ class BranchAttention(nn.Module):
             else:
                 with group("qkv"):
                     k, v = (self._heads(project(first)) for project in (self.add_k_proj, self.add_v_proj))
-            with group("branch_out"):
-                cross = cross_attention(q, k, v, backend=backend["cross"])
+            cross = attend(cross_attention, q, k, v, backend=backend["cross"])
             cross = self.to_out_context(cross.flatten(-2))
             y = cross if y is None else y + cross
         if y is None:
             y = x_BTSD.new_zeros(*x_BTSD.shape[:2], S + c_BTND.shape[2], x_BTSD.shape[3])
         if self.branches.temporal:
             q, k, v = joint(self.to_q_temp, self.to_k_temp, self.to_v_temp, rows=exchange.temporal_rows())
-            with group("branch_out"):
-                temporal = temporal_attention(
-                    q, k, v, rope_scaling_factor=self.rope_scaling_factor, backend=backend["temporal"]
-                )
+            scaling = self.rope_scaling_factor
+            temporal = attend(temporal_attention, q, k, v, rope_scaling_factor=scaling, backend=backend["temporal"])
             temporal = exchange.temporal_back(temporal).flatten(-2)
         return self._sum(y, temporal, S, exchange.num_frames)
 
