@@ -49,7 +49,7 @@ from vchitect_fast.offload.hooks import Saving
 from vchitect_fast.offload.policy import offload_budget_bytes
 from vchitect_fast.optimizer import MasterAdamW
 from vchitect_fast.parallel.apply import parallelize
-from vchitect_fast.parallel.mesh import Mesh, launched, over_ranks, read_launch
+from vchitect_fast.parallel.mesh import Mesh, launched, on_first, over_ranks, read_launch
 from vchitect_fast.plan import Plan
 from vchitect_fast.profiling.span import span, tell
 from vchitect_fast.recipe import is_recipe
@@ -75,6 +75,8 @@ def train_on(mesh: Mesh, config: TrainConfig, plan: Plan) -> dict[str, Any]:
     """This rank's part of the run; every rank of the mesh calls it, and gets the summary."""
     run = Path(config.out)
     check_supported(plan, mesh)
+    if mesh.axes is not None:  # the first indexes what nobody has read yet
+        on_first(mesh.host_group, lambda: len(read_clips(config.manifest, config.cache)))
     clips = read_clips(config.manifest, config.cache)
     with only_process_in(run, mesh), stop_on_sigterm() as stop:
         reset_peak(mesh.device.type)
