@@ -50,6 +50,9 @@ class Record:
     commit: str | None  # with "+dirty" where the checkout had changes; None outside a checkout
     command: str
     date: str  # UTC
+    exposed_s: float | None = None  # of median_s, what waits for other ranks; only of sequence parallelism
+    sent_bytes: int | None = None  # between ranks, all of them together; likewise
+    num_messages: int | None = None  # likewise
 
     def __post_init__(self) -> None:
         if self.n < 1 or not 0 <= self.p10_s <= self.median_s <= self.p90_s:

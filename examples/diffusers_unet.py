@@ -23,7 +23,7 @@ from vchitect_fast.parallel.apply import parallelize_blocks
 from vchitect_fast.parallel.mesh import Mesh, launched
 from vchitect_fast.parallel.shard import reduce_gradients
 
-SAMPLES = 2  # a step, over all ranks
+SAMPLES = 4  # a step, over all ranks: each takes as many
 
 
 def build() -> UNet2DConditionModel:
@@ -36,7 +36,9 @@ def build() -> UNet2DConditionModel:
 
 
 def train(mesh: Mesh, dtype: torch.dtype, num_steps: int) -> list[float]:
-    """The loss of each step, which is the same for any number of ranks."""
+    """The loss of each step, which is the same for any number of ranks that divides SAMPLES."""
+    if SAMPLES % mesh.num_dp:  # a rank without a sample would not gather, and the others would wait for it
+        raise SystemExit(f"{SAMPLES} samples a step do not divide over {mesh.num_dp} ranks; start fewer.")
     torch.manual_seed(0)
     model = build().to(mesh.device)
     # -----

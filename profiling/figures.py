@@ -7,7 +7,7 @@ read and no text appears but given names, escaped, and numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -108,7 +108,10 @@ def memory_over_time(found: MemoryAnalysis) -> str:
     return _svg("memory over time by owner", parts)
 
 
-def _roofs(peaks, bandwidth, place, x_low: float, x_high: float, y_low: float) -> list[str]:  # type: ignore[no-untyped-def]
+def _roofs(
+    peaks: Sequence[tuple[str, float]], bandwidth: float | None, place: Callable[[float, float], tuple[float, float]],
+    x_low: float, x_high: float, y_low: float,
+) -> list[str]:  # fmt: skip
     """The measured ceilings: the slope of memory and a flat line a dtype."""
     parts = []
     for k, (dtype, peak) in enumerate(peaks):

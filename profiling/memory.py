@@ -191,7 +191,7 @@ def _gradients(allocations: list[Allocation], spans: _Spans, owned: Owned) -> di
     by_address: dict[int, list[int]] = defaultdict(list)
     for number, block in enumerate(allocations):
         by_address[block.address].append(number)
-    found = {}
+    found: dict[int, str] = {}
     for at_us, rows in zip(spans.starts_of("optimizer/step"), owned.gradients, strict=False):
         for address, _, _, name in rows:
             numbers = by_address.get(address, [])

@@ -36,7 +36,7 @@ table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 th, td { padding: .35rem .8rem; text-align: right; vertical-align: top; font-variant-numeric: tabular-nums; border-top: 1px solid var(--line); white-space: nowrap; }
 tr:first-child > th { border-top: 0; } th { color: var(--soft); font-weight: 600; font-size: .85rem; }
 th.text, td.text { text-align: left; } td.text { white-space: normal; }
-td.text > div { width: max-content; max-width: min(24rem, 60vw); }
+td.text > div { width: max-content; max-width: min(24rem, 42vw); }
 .named { display: flex; gap: .45rem; } .named i { margin-top: .42rem; } .named i, .key i { flex: none; display: inline-block; width: .7rem; height: .7rem; border-radius: 3px; }
 .key i { margin-right: .45rem; }
 td .track { display: block; width: 5rem; height: .6rem; margin-top: .35rem; border-radius: 3px; background: var(--page); overflow: hidden; }

@@ -80,8 +80,10 @@ def span_rows(rank: RankAnalysis) -> list[SpanRow]:
     for name, items in found.items():
         names = {key for item in items for key in item.by_class_us}
         by_class = {key: median(item.by_class_us.get(key, 0.0) for item in items) for key in names}
-        middle = [median(getattr(item, field) for item in items) for field in ("num_calls", "cpu_us", "device_us")]
-        rows.append(SpanRow(name, items[0].kind, *middle, by_class))
+        num_calls, cpu_us, device_us = (
+            median(getattr(item, field) for item in items) for field in ("num_calls", "cpu_us", "device_us")
+        )
+        rows.append(SpanRow(name, items[0].kind, num_calls, cpu_us, device_us, by_class))
     return sorted(rows, key=lambda row: -row.device_us)
 
 
@@ -254,17 +256,17 @@ def _memory(memory: MemoryAnalysis | None) -> Iterable[str]:
     yield f"<p>{text(memory.explained())}</p>"
     yield f'<div class="figures">{figure(caption, memory_over_time(memory) + legend(used))}</div>'
     yield table(
-        ["at the peak", "made in", "size", "share", "", "blocks", "largest"],
+        ["at the peak", "size", "share", "", "made in", "blocks", "largest"],
         [
             [
-                named(OWNER_COLOURS[part.owner], part.owner), foreign(part.span) if part.span else "before the recording",
-                _bytes(part.num_bytes), _percent(part.num_bytes / memory.peak_bytes),
-                track(part.num_bytes / memory.peak_bytes, OWNER_COLOURS[part.owner]), f"{part.num_allocations:,}",
+                named(OWNER_COLOURS[part.owner], part.owner), _bytes(part.num_bytes), _percent(part.num_bytes / memory.peak_bytes),
+                track(part.num_bytes / memory.peak_bytes, OWNER_COLOURS[part.owner]),
+                foreign(part.span) if part.span else "before the recording", f"{part.num_allocations:,}",
                 foreign(part.largest) if part.largest else "-",
             ]
             for part in memory.parts[:NUM_PARTS_SHOWN]
         ],
-        words=(0, 1, 4, 6),
+        words=(0, 3, 4, 6),
     )  # fmt: skip
     yield "".join(f'<p class="soft">{text(note)}</p>' for note in memory.notes)
 

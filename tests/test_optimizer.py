@@ -153,6 +153,14 @@ def test_a_parameter_without_gradient_stays_as_it_is(dtype: torch.dtype) -> None
     assert not torch.equal(net.linear.weight, used)
 
 
+def test_a_step_without_gradients_changes_nothing() -> None:
+    net, twin = nets()
+    step = optimizer(net)
+    assert step.step(0.1, 1.0) == 0
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
+    assert not any(tensor.any() for tensor in step.state().values())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_norm_is_of_all_gradients_before_clipping(dtype: torch.dtype) -> None:
     net, twin = nets(dtype)

@@ -6,6 +6,7 @@ Run: pytest tests/test_recipe_run.py
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import signal
 import subprocess
@@ -121,6 +122,32 @@ def test_killed_in_the_middle_of_a_stage_it_ends_as_if_it_had_not_been(tmp_path:
     straight = run_recipe(Recipe.load(path, [*overrides, f"out={tmp_path / 'straight'}"]))
     assert [record["loss"] for record in resumed] == [record["loss"] for record in straight]
     assert_same(final(tmp_path / "out" / "03-long"), final(tmp_path / "straight" / "03-long"))
+
+
+@pytest.mark.soak
+def test_ten_kills_in_three_stages_leave_no_trace(tmp_path: Path) -> None:
+    """kill -9 up to a second and a half after a start has gone on, wherever that is; then the same bits as undisturbed."""
+    path, draw = write_recipe(tmp_path, save_every=7), random.Random(0)
+    overrides = [f"{name}.steps=300" for name in ("image", "short", "long")]
+    command = [sys.executable, "-P", "-m", "vchitect_fast.cli", "train", str(path), *overrides]
+    for _ in range(10):
+        before = _written(tmp_path / "out")
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        while _written(tmp_path / "out") == before and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 1.5))
+        process.kill()
+        process.wait()
+    assert not (tmp_path / "out" / "03-long" / "stage.json").exists(), "some kills came after the end"
+    run_recipe(Recipe.load(path, overrides))
+    run_recipe(Recipe.load(path, [*overrides, f"out={tmp_path / 'straight'}"]))
+    for name in ("01-image", "02-short", "03-long"):
+        assert_same(final(tmp_path / "out" / name), final(tmp_path / "straight" / name))
+
+
+def _written(out: Path) -> dict[str, int]:
+    """The logs that are there, with their sizes."""
+    return {path.parent.name: path.stat().st_size for path in out.glob("*/log.jsonl")}
 
 
 def test_killed_before_it_was_written_down_a_stage_is_not_trained_again(copied: Path) -> None:

@@ -103,6 +103,8 @@ def _named_files(folder: Path) -> set[str]:
 
 
 def _remove_older(run: Path, folder: Path, keep_last: int) -> None:
+    for left in run.glob(".checkpoint-????????.partial"):  # by a process that was killed while it wrote
+        shutil.rmtree(left, ignore_errors=True)
     # Newer ones, there when the user has set `latest` back, must not displace this one; the run overwrites them in time.
     written = sorted(path for path in run.glob("checkpoint-????????") if path.name <= folder.name)
     for old in written[:-keep_last]:

@@ -300,7 +300,7 @@ class VideoData:
             bad = "; ".join(f"{path}: {reason}" for path, reason in list(self._failures.by_file.items())[-3:]) or "none"
             raise UserError(
                 f"the ranks of an sp group read different windows, so some file reads on one rank and not on another (rank "
-                f"{self._mesh.rank} has {names}, and could not read: {bad}); mend the disk or the mount, then resume."
+                f"{self._mesh.rank} has {names[:300]}, and could not read: {bad}); mend the disk or the mount, then resume."
             )
 
     def _latents(self, sample: _Sample, shape: VideoShape) -> Tensor:

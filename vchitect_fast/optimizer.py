@@ -64,11 +64,12 @@ class MasterAdamW:
     def step(self, learning_rate: float, clip_norm: float) -> Tensor:
         """Clip to the global norm, update masters, copy them into the model, drop gradients. Returns the norm before clipping.
 
-        A norm that is not finite changes nothing: one such step would ruin every master. With shards every rank calls it.
+        A norm that is not finite changes nothing: one such step would ruin every master. Without any gradient nothing changes
+        either. With shards every rank calls it.
         """
         gradients = {name: master.grad for name, master in self.masters.items() if master.grad is not None}
         norm = global_norm(list(gradients.values()))
-        if not torch.isfinite(norm):
+        if not torch.isfinite(norm) or not gradients:
             return norm
         # Elementwise from here on, so the shards are taken out of their DTensors: dispatching on 1200 of them costs more.
         local = {name: local_shard(gradient) for name, gradient in gradients.items()}

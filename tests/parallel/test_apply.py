@@ -35,6 +35,8 @@ CASES: list[tuple[tuple[int, int, int], ShardSpec, tuple[Policy, Policy], int]] 
     ((1, 2, 2), FRAMES, (RECOMPUTE, MIXED), 2),
     ((2, 1, 2), ROWS, (INPUT, KEEP), 1),
     ((1, 2, 1), ShardSpec(), (MIXED, RECOMPUTE), 1),
+    ((1, 2, 3), FRAMES, (ALL, RECOMPUTE), 1),
+    ((2, 2, 2), ROWS, (MIXED, INPUT), 1),
 ]
 
 

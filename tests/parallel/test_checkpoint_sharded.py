@@ -69,6 +69,18 @@ def test_ranks_load_what_one_process_saved(tmp_path: Path) -> None:
     assert found["losses"] == pytest.approx([training.step(1)], rel=1e-10, abs=0)
 
 
+def test_replicas_are_written_once(tmp_path: Path) -> None:
+    """Four ranks that hold two copies of two shards write what two ranks with one copy write, half each."""
+    sizes = []
+    for shape in ((2, 1, 2), (1, 1, 2)):
+        run = tmp_path / "-".join(map(str, shape))
+        found = ranks(shape[0] * 2).run("checkpoint_cases:train_and_save", shape, str(run), 1, 0)[0]
+        sizes.append([path.stat().st_size for path in Path(found["folder"]).glob("*.distcp")])
+    assert [len(files) for files in sizes] == [4, 2]
+    assert 0.95 < sum(sizes[0]) / sum(sizes[1]) < 1.05
+    assert max(sizes[0]) < 0.7 * max(sizes[1])
+
+
 def value_of(folder: Path) -> tuple[float, float]:
     """The two tensors of checkpoint_cases.small, whole and constant."""
     parts = {**checkpoint.load_prefix(folder, "model."), **checkpoint.load_prefix(folder, "optimizer.")}
@@ -104,9 +116,10 @@ def test_a_kill_in_the_midst_of_a_write_leaves_the_one_before(
     assert value_of(newest) == (1.0, 1.0)
     assert not (tmp_path / "checkpoint-00000002").exists()
     # and the run goes on over what the dead left behind
-    checkpoint.save(tmp_path, 2, {"model.weight": torch.full((4, 6), 2.0), "optimizer.step": torch.tensor(2.0)}, {}, 1)
-    assert value_of(tmp_path / "checkpoint-00000002") == (2.0, 2.0)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-00000002", "latest"]
+    (tmp_path / ".checkpoint-00000007.partial").mkdir()
+    checkpoint.save(tmp_path, 3, {"model.weight": torch.full((4, 6), 3.0), "optimizer.step": torch.tensor(3.0)}, {}, 1)
+    assert value_of(tmp_path / "checkpoint-00000003") == (3.0, 3.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-00000003", "latest"]
 
 
 def test_folders_that_are_not_shared_are_noticed(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from vchitect_fast.shapes import VideoShape
 
 IMAGE, SHORT, LONG = VideoShape(1, 32, 16), VideoShape(3, 64, 32), VideoShape(11, 48, 32)
 PER_STEP = {SHORT: 2, LONG: 1}
+AN_IMAGE = Clip(bikes(), 1.0, 1.0, 1, 640, 272, 25.0, "an image")
 STEPS = [0, 1, 2, 3, 9]
 
 
@@ -113,7 +114,7 @@ def assert_together(parts: list[list[Batch]], whole: list[Batch], num_sp: int) -
 @pytest.mark.parametrize(("world_size", "num_sp"), [(2, 2), (3, 3), (4, 2)])
 def test_batches_together_are_those_of_one_process(world_size: int, num_sp: int, tmp_path: Path) -> None:
     """Without a cache, with bad files; an image bucket leaves ranks without frames."""
-    clips = [*with_bad_clips(tmp_path), Clip(bikes(), 1.0, 1.0, 1, 640, 272, 25.0, "an image")]
+    clips = [*with_bad_clips(tmp_path), AN_IMAGE]
     num_dp = world_size // num_sp
     per_step = {IMAGE: 1} | PER_STEP
     whole, first, _ = alone(clips, {shape: num_dp * batch for shape, batch in per_step.items()}, None)
@@ -142,13 +143,14 @@ def entries(cache: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def test_the_cache_that_ranks_write_is_that_of_one_process(tmp_path: Path) -> None:
-    clips = bikes_clips()
-    whole, first, num_frames = alone(clips, PER_STEP, tmp_path / "alone")
+    clips, per_step = [*bikes_clips(), AN_IMAGE], {IMAGE: 1} | PER_STEP
+    whole, first, num_frames = alone(clips, per_step, tmp_path / "alone")
+    assert len({batch.shape for batch in whole}) == 3
     want = entries(tmp_path / "alone")
     assert num_frames > 30
 
     def run(cache: str, world_size: int) -> list[dict[str, Any]]:
-        found = ranks(world_size).run("vae_cases:batches", clips, PER_STEP, STEPS, tmp_path / cache, world_size)
+        found = ranks(world_size).run("vae_cases:batches", clips, per_step, STEPS, tmp_path / cache, world_size)
         assert_together([part["batches"] for part in found], whole, world_size)
         assert_together([part["first"] for part in found], first, world_size)
         return found
@@ -161,7 +163,7 @@ def test_the_cache_that_ranks_write_is_that_of_one_process(tmp_path: Path) -> No
         assert all(torch.equal(have[name][key], tensor) for name in want for key, tensor in want[name].items())
     for cache, world_size in (("by-2", 3), ("alone", 2)):
         assert sum(part["num_frames"] for part in run(cache, world_size)) == 0
-    assert alone(clips, PER_STEP, tmp_path / "by-3")[2] == 0
+    assert alone(clips, per_step, tmp_path / "by-3")[2] == 0
 
 
 def test_parts_that_a_killed_run_left_are_used(tmp_path: Path) -> None:

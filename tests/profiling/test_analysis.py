@@ -15,16 +15,20 @@ import torch
 from made_up_nsight import PROCESS, export
 from made_up_trace import event, launched, op, span, write
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
+from vchitect_fast.architecture import TransformerConfig
 from vchitect_fast.config import TrainConfig
 from vchitect_fast.errors import UserError
+from vchitect_fast.model import VchitectTransformer, preset
 from vchitect_fast.plan import Plan, PlanEntry
 from vchitect_fast.profiling.analysis import analyse
 from vchitect_fast.profiling.facts import Analysis, Finding, Roof
 from vchitect_fast.profiling.findings import RULES
 from vchitect_fast.profiling.kinds import KINDS
 from vchitect_fast.profiling.reading import read_traces
+from vchitect_fast.shapes import VideoShape
+from vchitect_fast.workload import Workload
 
 ROOF = Roof("made up", {"float32": 1e12, "bfloat16": 4e12}, 1e12, "measured")
 
@@ -203,3 +207,44 @@ def test_all_of_it_goes_into_json(tmp_path: Path) -> None:
     assert isinstance(found.findings[0], Finding) and set(KINDS) >= {
         span.kind for span in found.ranks[0].steps[0].by_span
     } - {""}
+
+
+def tiny_model() -> tuple[TransformerConfig, Callable[[], torch.Tensor]]:
+    config = preset("vchitect-tiny")
+    model = VchitectTransformer(config)
+    latents, text = torch.randn(1, 8, 16, 8, 16), torch.randn(1, 16, config.joint_attention_dim)
+    pooled, timestep = torch.randn(1, config.pooled_projection_dim), torch.tensor([500.0])
+    return config, lambda: model(latents, text, pooled, timestep)
+
+
+def test_the_backward_of_our_model_goes_to_the_part_of_its_forward(tmp_path: Path) -> None:
+    _, run = tiny_model()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler, record_function("step/0"):
+        with record_function("forward/model"):
+            out = run()
+        with record_function("forward/loss"):
+            loss = out.square().mean()
+        with record_function("backward/all"):
+            loss.backward()
+    profiler.export_chrome_trace(str(tmp_path / "t.json"))
+    [rank] = analyse(read_traces(tmp_path / "t.json"), ROOF).ranks
+    [step] = rank.steps
+    spans = {span.name: span for span in step.by_span}
+    # Autograd's nodes lead every product of the backward to the model; what is left is bookkeeping between nodes.
+    assert spans["backward/model"].by_class_us["gemm"] == pytest.approx(
+        step.by_class_us["gemm"] - spans["forward/model"].by_class_us["gemm"]
+    )
+    assert spans["backward/loss"].device_us > 0
+    assert step.attributed == 1
+    assert step.compute_us + step.idle_us == pytest.approx(step.wall_us)
+
+
+def test_our_model_s_flops_are_those_of_its_workload(tmp_path: Path) -> None:
+    config, run = tiny_model()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        run()
+    profiler.export_chrome_trace(str(tmp_path / "t.json"))
+    [rank] = analyse(read_traces(tmp_path / "t.json"), ROOF).ranks
+    counted = sum(op.flops for op in rank.ops if op.flops)
+    expected = Workload(config, VideoShape.parse("8x128x64")[0], 1, 16).forward_flops()
+    assert 1 <= counted / expected < 1.05  # the embeddings, which the formula leaves out

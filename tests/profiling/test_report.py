@@ -66,7 +66,7 @@ def test_the_page_says_what_was_found(tmp_path: Path) -> None:
         "Step 4, the median one of 3", "Idle, by what the CPU did meanwhile: data 2.80 ms, launching 0.90 ms.",
         "backward/spatial 2.80 ms 58 %", "copy out 2.50 ms 1.20 ms 52 %", "4096x1536 1536x1536", "40 %", "not measured",
         "The peak of 23.0 MiB is in backward/model of step/3: weights 8.0 MiB, activations 4.0 MiB, workspace 3.0 MiB, held before 8.0 MiB.",
-        "weights before the recording 8.0 MiB 35 %", "activations forward/spatial 4.0 MiB 17 %",
+        "weights 8.0 MiB 35 % before the recording", "activations 4.0 MiB 17 % forward/spatial",
         "Rank 0 needs 6.0 % more than the mean over 3 common steps, the time in which it waits for others left out; most of it lies in forward/spatial",
         "no FLOPs are known of some ops",
     ):  # fmt: skip

@@ -44,7 +44,10 @@ def parallelize(model: VchitectTransformer, plan: Plan, mesh: Mesh) -> None:
         obey(model, entry, mesh)
     # 2. Every rank starts from the weights of rank 0.
     start_alike(model, mesh)
-    # 3. Parameters in shards, outermost: around recomputation and offload, which a block applies when it is called.
+    # 3. Parameters in shards, outermost: around recomputation and offload, which a block applies when it is called. That is
+    # blocks.py's block, also where hand-written ones are the default.
+    if mesh.fsdp is not None:
+        model.set_kernels(None)
     shard(model, list(model.transformer_blocks), mesh, compute_dtype=getattr(torch, plan.compute_dtype))
 
 
