@@ -19,7 +19,8 @@ from vchitect_fast.metrics import COMPUTE_TIMINGS, reset_peak
 from vchitect_fast.model import VchitectTransformer
 from vchitect_fast.optimizer import MasterAdamW
 from vchitect_fast.plan import Plan, PlanEntry
-from vchitect_fast.train import Step, build_saving
+from vchitect_fast.step import Step
+from vchitect_fast.train import build_saving
 
 
 def verify(plan: Plan, config: TransformerConfig, *, num_steps: int = 5) -> dict[str, dict[str, float]]:

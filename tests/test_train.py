@@ -243,9 +243,9 @@ def _break_all(folder: Path) -> None:
         (
             lambda f: plan_of(f / "plan.json", mesh={"dp_replicate": 1, "dp_shard": 1, "sp": 2}),
             [],
-            "trains in one process",
+            "is for 2 ranks, here is 1; start 2",
         ),
-        (lambda f: plan_of(f / "plan.json", fsdp_group="global"), [], "with fsdp_group 'global'"),
+        (lambda f: plan_of(f / "plan.json", fsdp_group="global"), [], "has fsdp_group 'global'"),
         (
             lambda f: plan_of(f / "plan.json", num_chunks=4, policy=Policy(qkv="recompute")),
             [],
@@ -366,8 +366,11 @@ def test_one_process_a_folder(
         assert main(["train", str(run_file)]) == 2
     assert "another process trains into" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert main(["train", str(run_file)]) == 2
-    assert "the launcher started 2; start one" in capsys.readouterr().err
+    assert "is for 1 rank, here are 2; start 1" in capsys.readouterr().err
 
 
 def test_sigterm_before_the_first_step_leaves_a_checkpoint(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

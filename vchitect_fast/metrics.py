@@ -72,6 +72,19 @@ class Log:
             self._file.close()
 
 
+class NoLog(Log):
+    """Of the ranks that do not write: takes everything and keeps nothing."""
+
+    def __init__(self) -> None:
+        """No file."""
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Nothing."""
+
+    def __exit__(self, *_error: object) -> None:
+        """Nothing."""
+
+
 @contextmanager
 def _writable(path: Path) -> Iterator[None]:
     try:

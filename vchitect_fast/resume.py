@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -44,10 +43,6 @@ def only_process_in(run: Path, mesh: Mesh = ALONE) -> Iterator[None]:
 
     The lock is the kernel's (flock), so a killed process leaves none behind.
     """
-    if mesh.axes is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            f"this version trains in one process, the launcher started {os.environ['WORLD_SIZE']}; start one."
-        )
     with ExitStack() as stack:
         on_first(mesh.host_group, lambda: stack.enter_context(_locked(run)))
         yield
@@ -70,10 +65,9 @@ def _locked(run: Path) -> Iterator[None]:
 
 def check_supported(plan: Plan, mesh: Mesh = ALONE) -> None:
     """Refuse what this version would not obey; parallel.apply.check has what concerns the ranks."""
-    if mesh.axes is None and (any(size != 1 for size in plan.mesh.values()) or plan.fsdp_group != "none"):
-        wanted = f"the mesh {plan.mesh} with fsdp_group {plan.fsdp_group!r}"
+    if mesh.axes is None and plan.fsdp_group != "none":
         raise UserError(
-            f"this version trains in one process, the Plan wants {wanted}; plan it with `vchitect-fast autotune`."
+            f"one process shards no parameters, the Plan has fsdp_group {plan.fsdp_group!r}; set it to none, or plan a mesh."
         )
     for entry in plan.entries:
         wants = {

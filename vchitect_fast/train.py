@@ -1,18 +1,20 @@
-"""Training, top to bottom: config -> Plan -> model -> data -> steps. One process; obeys the Plan.
+"""Training, top to bottom: config -> Plan -> ranks -> model -> data -> steps. One process, or as many as the Plan's mesh has.
 
-Every random draw (noise level, noise, caption dropout) comes from a generator seeded by (seed, step, microbatch), so a run
-that was stopped, even by kill -9, and resumed ends with the same parameters bit by bit, and no generator state is stored.
-It never chooses a layout: what to keep, offload or recompute, how to split the batch and in which dtype is the Plan's.
+    vchitect-fast train run.yaml
+    torchrun --nproc-per-node=8 -m vchitect_fast.train run.yaml       every rank runs this file; rank 0 prints and logs
+
+Every random draw is a function of (seed, step), so a run that was stopped, even by kill -9, and resumed ends with the same
+parameters bit by bit, and no generator state is stored. It never chooses a layout: what to keep, offload or recompute, how
+to split batch, sequence and parameters and in which dtype is the Plan's. step.py is what happens inside a step.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -28,31 +30,34 @@ from torch.func import functional_call
 from vchitect_fast import checkpoint
 from vchitect_fast.architecture import PRESETS, TransformerConfig, preset
 from vchitect_fast.carry import carry_over
+from vchitect_fast.checkpoint_writer import Writer
 from vchitect_fast.clips import read_clips
 from vchitect_fast.config import TrainConfig, describe_fields
-from vchitect_fast.data import Batch, VideoData
+from vchitect_fast.data import VideoData
 from vchitect_fast.dry_run import outlook, print_outlooks, stage_of
 from vchitect_fast.ema import EMA
 from vchitect_fast.errors import UserError
 from vchitect_fast.export import export_checkpoint
 from vchitect_fast.machine import this_device
 from vchitect_fast.manifest import Clip
-from vchitect_fast.metrics import Log, measured, peak_bytes, reset_peak, rewind_log
+from vchitect_fast.metrics import Log, NoLog, measured, reset_peak, rewind_log
 from vchitect_fast.model import VchitectTransformer
-from vchitect_fast.model.flow import draw_sigma, drop_captions, flow_loss
 from vchitect_fast.model.text import load_text_encoder
 from vchitect_fast.model.vae import load_codec
 from vchitect_fast.offload.engine import Engine
 from vchitect_fast.offload.hooks import Saving
 from vchitect_fast.offload.policy import offload_budget_bytes
 from vchitect_fast.optimizer import MasterAdamW
+from vchitect_fast.parallel.apply import parallelize
+from vchitect_fast.parallel.mesh import Mesh, launched, on_first, over_ranks, read_launch
 from vchitect_fast.plan import Plan
 from vchitect_fast.profiling.span import span, tell
 from vchitect_fast.recipe import is_recipe
 from vchitect_fast.resume import check_supported, only_process_in, resume, run_state, run_tensors
-from vchitect_fast.sample import Pipeline
+from vchitect_fast.sample import BY_FRAMES, Pipeline
+from vchitect_fast.step import Step
 from vchitect_fast.train_console import Console, print_summary
-from vchitect_fast.validate import Validation, generator_of
+from vchitect_fast.validate import Validation
 from vchitect_fast.workload import Workload
 
 
@@ -61,43 +66,58 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Raises UserError for anything the user can mend, before the first step where it can be known then.
     """
-    run, plan = Path(config.out), Plan.load(config.plan)
-    check_supported(plan)
+    plan = Plan.load(config.plan)
+    with launched(plan.mesh, plan.fsdp_group) as mesh:
+        return train_on(mesh, config, plan)
+
+
+def train_on(mesh: Mesh, config: TrainConfig, plan: Plan) -> dict[str, Any]:
+    """This rank's part of the run; every rank of the mesh calls it, and gets the summary."""
+    run = Path(config.out)
+    check_supported(plan, mesh)
+    if mesh.axes is not None:  # the first indexes what nobody has read yet
+        on_first(mesh.host_group, lambda: len(read_clips(config.manifest, config.cache)))
     clips = read_clips(config.manifest, config.cache)
-    with only_process_in(run), stop_on_sigterm() as stop:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        reset_peak(device.type)
-        model = build_model(config, plan).to(device)
-        model.saving = build_saving(plan, model.config, device)
-        for entry in plan.entries:  # what a block cannot do is refused before the data is read
-            model.set_policy(entry.policy)
-            model.set_chunks(entry.num_chunks)
+    with only_process_in(run, mesh), stop_on_sigterm() as stop:
+        reset_peak(mesh.device.type)
+        model = build_model(config, plan).to(mesh.device)
+        model.saving = build_saving(plan, model.config, mesh.device)
+        parallelize(model, plan, mesh)  # what a block or a rank cannot do is refused before the data is read
         betas, dtype = (config.beta1, config.beta2), getattr(torch, plan.compute_dtype)
         optimizer = MasterAdamW(model, weight_decay=config.weight_decay, betas=betas, dtype=dtype)
         ema = EMA(optimizer.masters, config.ema_decay, warm_up=config.start_from is None)
-        tensors, state = run_tensors(model, optimizer, ema), run_state(config, plan, model.config, clips)
-        done, changed = resume(config, state, tensors)
+        tensors, state = run_tensors(model, optimizer, ema), run_state(config, plan, model.config, clips, mesh)
+        done, changed = resume(config, state, tensors, mesh)
         if not done:
-            carry_over(config, state, tensors)
+            carry_over(config, state, tensors, mesh)
         optimizer.copy_masters()
         tell(model=model, optimizer=optimizer, ema=ema)
-        pipeline = build_pipeline(config, plan, model, ema, device)
-        open_data = partial(build_data, config, plan, pipeline)
+        pipeline = build_pipeline(config, plan, model, ema, mesh)
+        open_data = partial(build_data, config, plan, pipeline, mesh)
         with (
             open_data(clips) as data,
-            open_log(config, done) as log,
-            Console(config, plan, model.config, done) as console,
+            open_log(config, done, mesh) as log,
+            Console(config, plan, model.config, done, mesh) as console,
+            Writer(run, config.keep_last, mesh, in_background=mesh.device.type == "cuda") as writer,
         ):
             data.require_windows()
             if changed:
                 log.write("resumed", done, changed=changed)
                 console.resumed(changed)
-            validate = Validation(config, plan, pipeline, open_data, log) if config.validate_every else None
-            step_once = Step(config, plan, model, optimizer, ema, pipeline.text_encoder.encode([""]))
+            validate = Validation(config, plan, pipeline, open_data, log, mesh) if config.validate_every else None
+            step_once = Step(config, plan, model, optimizer, ema, pipeline.text_encoder.encode([""]), mesh)
+
+            def save() -> None:
+                with span("checkpoint/save"):
+                    writer.save(done, tensors, state)
+                folder = run / f"checkpoint-{done:08d}"
+                log.write("checkpoint", done, path=str(folder))
+                console.saved(folder, writer.in_background)
+
             saved_at = done if done else None
             if validate and not done:
                 console.validated(validate(0))
-            while done < config.steps and not stop.requested:
+            while done < config.steps and not any_rank(mesh, stop.requested):
                 with span("step", done + 1):
                     with span("data/batch"):
                         batch = data.batch(done)
@@ -112,19 +132,32 @@ def train(config: TrainConfig) -> dict[str, Any]:
                     strip = pipeline.write_samples(data.captions(4), plan.entries[0].video_shape, stem, config)
                     log.write("sample", done, path=str(strip))
                 if done == config.steps or (config.save_every and done % config.save_every == 0):
-                    saved_at = console.saved(save(run, done, tensors, state, config, log))
+                    save()
+                    saved_at = done
             if saved_at != done:  # SIGTERM between two saves
-                console.saved(save(run, done, tensors, state, config, log))
-            newest = checkpoint.latest(run)
-            summary = {"step": done, "measured": measured(run), "skipped": data.skipped, "checkpoint": str(newest)}
+                save()
+            newest = writer.wait() or checkpoint.latest(run)
+            summary = {
+                "step": done,
+                "measured": measured(run) if mesh.is_first else {},
+                "skipped": data.skipped,
+                "checkpoint": str(newest),
+            }
             log.write("done", done, **{name: value for name, value in summary.items() if name != "step"})
-        if done >= config.steps and newest:
+        if done >= config.steps and newest and mesh.is_first:
             summary["model"] = str(export_checkpoint(newest, run / "model"))
     return summary
 
 
-def open_log(config: TrainConfig, done: int) -> Log:
-    """The run's log, rewound to the checkpoint it goes on from; run.yaml beside it."""
+def any_rank(mesh: Mesh, flag: bool) -> bool:
+    """Whether it holds on any rank, the same answer on all; a scheduler tells its ranks to stop one after the other."""
+    return bool(over_ranks(mesh, [], [float(flag)])[1][0])
+
+
+def open_log(config: TrainConfig, done: int, mesh: Mesh) -> Log:
+    """The run's log, rewound to the checkpoint it goes on from; run.yaml beside it. Rank 0 writes, the others write nothing."""
+    if not mesh.is_first:
+        return NoLog()
     run = Path(config.out)
     rewind_log(run, done if done else -1)
     config.save(run / "run.yaml")
@@ -132,16 +165,6 @@ def open_log(config: TrainConfig, done: int) -> Log:
     if not done:
         log.write("start", 0, config=asdict(config))
     return log
-
-
-def save(
-    run: Path, done: int, tensors: dict[str, Tensor], state: dict[str, Any], config: TrainConfig, log: Log
-) -> Path:
-    """Write the checkpoint of a step and log it."""
-    with span("checkpoint/save"):
-        folder = checkpoint.save(run, done, tensors, state, config.keep_last)
-    log.write("checkpoint", done, path=str(folder))
-    return folder
 
 
 def build_model(config: TrainConfig, plan: Plan) -> VchitectTransformer:
@@ -165,7 +188,8 @@ def build_saving(plan: Plan, config: TransformerConfig, device: torch.device) ->
     """With the engine and the pool that the Plan's Policies need; without one where nothing is offloaded."""
     budget = 0
     for entry in plan.entries:
-        work = Workload(config, entry.video_shape, entry.microbatch, plan.num_text_tokens)
+        axis = "tokens" if entry.shard.axis == "tokens" else "frames"
+        work = Workload(config, entry.video_shape, entry.microbatch, plan.num_text_tokens, plan.mesh["sp"], axis)
         needed = offload_budget_bytes(work, entry.policy, plan.compute_dtype)
         if entry.offload_bytes and entry.offload_bytes < needed:
             raise UserError(
@@ -176,13 +200,11 @@ def build_saving(plan: Plan, config: TransformerConfig, device: torch.device) ->
     return Saving(Engine(budget, device)) if budget else Saving()
 
 
-def build_pipeline(
-    config: TrainConfig, plan: Plan, model: VchitectTransformer, ema: EMA, device: torch.device
-) -> Pipeline:
+def build_pipeline(config: TrainConfig, plan: Plan, model: VchitectTransformer, ema: EMA, mesh: Mesh) -> Pipeline:
     """Codec, text encoder and the averaged model; refuses a text encoder that the Plan was not made for."""
     width, pooled_width = model.config.joint_attention_dim, model.config.pooled_projection_dim
-    codec = load_codec(config.codec, device=device, mini_batch=plan.entries[0].vae_mini_batch)
-    text_encoder = load_text_encoder(config.text_encoder, width=width, pooled_width=pooled_width, device=device)
+    codec = load_codec(config.codec, device=mesh.device, mini_batch=plan.entries[0].vae_mini_batch)
+    text_encoder = load_text_encoder(config.text_encoder, width=width, pooled_width=pooled_width, device=mesh.device)
     if text_encoder.num_tokens != plan.num_text_tokens:
         raise UserError(
             f"this Plan is for {plan.num_text_tokens} text tokens, the text encoder {config.text_encoder!r} gives "
@@ -190,110 +212,23 @@ def build_pipeline(
         )
 
     def velocity(*inputs: Tensor) -> Tensor:
+        if mesh.fsdp is not None:  # shards cannot be called with other parameters
+            with ema.standing_in():
+                return model(*inputs)
         weights = {name: tensor.to(model.proj_out.weight.dtype) for name, tensor in ema.average.items()}
         return functional_call(model, weights, inputs)
 
-    return Pipeline(velocity, model.config, codec, text_encoder, device)
+    cut = partial(model.set_shard, BY_FRAMES, mesh.sp_group)
+    return Pipeline(velocity, model.config, codec, text_encoder, mesh.device, mesh, cut)
 
 
-def build_data(config: TrainConfig, plan: Plan, pipeline: Pipeline, clips: list[Clip]) -> VideoData:
-    """The batches of the Plan's shapes from `clips`."""
+def build_data(config: TrainConfig, plan: Plan, pipeline: Pipeline, mesh: Mesh, clips: list[Clip]) -> VideoData:
+    """The batches of the Plan's shapes from `clips`, this rank's part of them."""
     batches = {entry.video_shape: entry.microbatch * entry.accumulation for entry in plan.entries}
     return VideoData(
         clips, batches, seed=config.seed, fps=config.fps, codec=pipeline.codec, text_encoder=pipeline.text_encoder,
-        cache=Path(config.cache) if config.cache else None, device=pipeline.device, mixture=config.weights,
+        cache=Path(config.cache) if config.cache else None, device=pipeline.device, mixture=config.weights, mesh=mesh,
     )  # fmt: skip
-
-
-@dataclass
-class Step:
-    """One optimizer step on one batch: microbatches forward and backward, clip, update, average."""
-
-    config: TrainConfig
-    plan: Plan
-    model: VchitectTransformer
-    optimizer: MasterAdamW
-    ema: EMA
-    empty: tuple[Tensor, Tensor]  # text and pooled embeddings of the empty caption
-
-    def __call__(self, step: int, batch: Batch) -> dict[str, Any]:
-        """Returns the step's log record; UserError when the loss is not finite."""
-        config, entry = self.config, self.plan.entry(batch.shape)
-        self.model.set_policy(entry.policy)
-        self.model.set_chunks(entry.num_chunks)
-        self.model.attention_backend = entry.attention
-        clock = Clock(batch.latents.device)
-        losses: list[Tensor] = []
-        for micro in range(entry.accumulation):
-            with span("data/noise"):
-                rows = slice(micro * entry.microbatch, (micro + 1) * entry.microbatch)
-                latents = batch.latents[rows]
-                generator = generator_of(config.seed, step, micro)
-                sigma = draw_sigma(config.timestep_sampling, len(latents), config.shift, generator)
-                noise = torch.randn(latents.shape, generator=generator).to(latents)
-                text, pooled = drop_captions(
-                    batch.text_embeds[rows], batch.pooled[rows], self.empty, config.caption_dropout, generator
-                )
-            with self.model.saving.step():
-                with span("forward/model"):
-                    loss = flow_loss(self.model, latents, text, pooled, sigma, noise).mean() / entry.accumulation
-                    clock.lap("forward_s")
-                with span("backward/model"):
-                    loss.backward()
-                    clock.lap("backward_s")
-            losses.append(loss.detach())
-        total = float(torch.stack(losses).sum())
-        rate = learning_rate(config, step)
-        with span("optimizer/step"):
-            norm = float(self.optimizer.step(rate, config.clip_norm)) if math.isfinite(total) else math.nan
-        if not math.isfinite(norm):
-            clips = ", ".join(str(clip.path) for clip in batch.clips)
-            raise UserError(
-                f"step {step + 1} has loss {total} and gradient norm {norm} (clips: {clips}), and was not taken; "
-                "lower learning_rate or look at these clips."
-            )
-        with span("optimizer/average"):
-            self.ema.update(step)
-            clock.lap("optimizer_s")
-        seconds = {"data_s": batch.data_s, "encode_s": batch.encode_s, **clock.seconds}
-        step_s = sum(seconds.values())
-        work = Workload(self.model.config, batch.shape, entry.microbatch, self.plan.num_text_tokens)
-        flops = work.train_flops() * entry.accumulation
-        return {
-            "loss": total, "grad_norm": norm, "learning_rate": rate, "shape": str(batch.shape), "step_s": step_s, **seconds,
-            "tokens_per_s": work.visual_rows * entry.accumulation / step_s, "model_flops": flops,
-            "mfu": flops / step_s / self.plan.peak_flops if self.plan.peak_flops else None,
-            "peak_gib": peak_bytes(batch.latents.device.type) / 2**30,
-        }  # fmt: skip
-
-
-class Clock:
-    """Adds up the seconds between laps by name; waits for the GPU so that a lap holds the work it is named after."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.seconds: dict[str, float] = {}
-        self._last = self._now()
-
-    def lap(self, name: str) -> None:
-        """Book the time since the last lap under `name`."""
-        now = self._now()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
-        self._last = now
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then constant or half a cosine down to 0 at `config.steps`."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    if config.schedule == "constant" or step < config.warmup_steps:
-        return config.learning_rate * warm
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @dataclass
@@ -351,7 +286,9 @@ def run(args: argparse.Namespace) -> int:
     config = TrainConfig.load(args.run_file, args.overrides)
     if args.dry_run:
         return print_outlooks([outlook(stage_of(config))], as_json=args.json)
-    summary = train(config)
+    launch, summary = read_launch(os.environ), train(config)
+    if launch is not None and launch.rank > 0:
+        return 0
     if args.json:
         print(json.dumps(summary))
     else:

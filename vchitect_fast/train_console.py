@@ -15,15 +15,22 @@ from rich.table import Table
 
 from vchitect_fast.architecture import TransformerConfig
 from vchitect_fast.config import TrainConfig
+from vchitect_fast.parallel.mesh import ALONE, Mesh
 from vchitect_fast.plan import Plan
 
 
 class Console:
-    """Context manager around the loop; called with each record as it comes."""
+    """Context manager around the loop; called with each record as it comes. Rank 0 prints."""
 
-    def __init__(self, config: TrainConfig, plan: Plan, model: TransformerConfig, start: int) -> None:
+    def __init__(
+        self, config: TrainConfig, plan: Plan, model: TransformerConfig, start: int, mesh: Mesh = ALONE
+    ) -> None:
         self._config, self._start = config, start
-        self._rich = RichConsole(highlight=False, soft_wrap=True)
+        self._rich = RichConsole(highlight=False, soft_wrap=True, quiet=not mesh.is_first)
+        if mesh.world_size > 1:
+            self._rich.print(mesh.table())
+            for entry in plan.entries:
+                self._rich.print(f"{entry.shape}: {mesh.equation(entry.microbatch, entry.accumulation)}")
         entries = ", ".join(
             f"{e.shape} (batch {e.microbatch} x {e.accumulation}, {e.num_recomputed} of {len(e.policy)} blocks recomputed, "
             f"predicted {e.predicted.step_s:.2f} s and {e.predicted.peak_gib:.2f} GiB)"
@@ -64,10 +71,9 @@ class Console:
         levels = "  ".join(f"s={float(s):.2f}: {value:.4f}" for s, value in record["by_sigma"].items())
         self._rich.print(f"step {record['step']:6d}  validation loss {record['loss']:.4f}   {levels}")
 
-    def saved(self, folder: Path) -> int:
-        """Print where a checkpoint went; returns its step."""
-        self._rich.print(f"saved    {folder}")
-        return int(folder.name.rpartition("-")[2])
+    def saved(self, folder: Path, in_background: bool) -> None:
+        """Print where a checkpoint went, or goes."""
+        self._rich.print(f"{'saving' if in_background else 'saved ':8} {folder}")
 
     def resumed(self, changed: dict[str, str]) -> None:
         """Say what differs from the run that wrote the checkpoint."""
@@ -81,10 +87,11 @@ def line(step: int, record: dict[str, Any]) -> str:
         f"{1000 * record[name]:.0f}" for name in ("data_s", "encode_s", "forward_s", "backward_s", "optimizer_s")
     )
     mfu = "not measured" if record["mfu"] is None else f"{100 * record['mfu']:.1f} %"
+    uneven = "" if record["imbalance"] is None else f"  imbalance {100 * record['imbalance']:.1f} %"
     return (
         f"step {step:6d}  loss {record['loss']:.4f}  grad norm {record['grad_norm']:.3f}  lr {record['learning_rate']:.1e}  "
         f"{1000 * record['step_s']:.0f} ms (data/encode/fwd/bwd/opt {parts})  {record['tokens_per_s']:,.0f} tokens/s  "
-        f"{record['model_flops'] / record['step_s'] / 1e12:.3g} TFLOP/s  MFU {mfu}  peak {record['peak_gib']:.2f} GiB"
+        f"{record['model_flops'] / record['step_s'] / 1e12:.3g} TFLOP/s  MFU {mfu}  peak {record['peak_gib']:.2f} GiB{uneven}"
     )
 
 

@@ -1,7 +1,8 @@
 """Validation: the averaged model's loss at fixed noise levels, on fixed clips, with fixed noise.
 
 The levels are quantiles of those that the run trains on, so their mean estimates the training loss without its noise. The
-noise of a sample depends on the seed and its number alone, not on the batch it is in.
+noise of a sample depends on the seed and its number alone, not on the batch it is in. Data-parallel ranks all do the same; the
+ranks of an sp group have their frames of it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from vchitect_fast.data import VideoData
 from vchitect_fast.manifest import Clip
 from vchitect_fast.metrics import Log
 from vchitect_fast.model.flow import flow_loss, sigma_quantile
+from vchitect_fast.parallel.mesh import ALONE, Mesh, over_ranks
 from vchitect_fast.plan import Plan
 from vchitect_fast.sample import Pipeline
 
@@ -41,9 +43,10 @@ class Validation:
         pipeline: Pipeline,
         open_data: Callable[[list[Clip]], VideoData],
         log: Log,
+        mesh: Mesh = ALONE,
     ) -> None:
         """Reads the clips now, so that a mistake is found before the first step."""
-        self._config, self._pipeline, self._log = config, pipeline, log
+        self._config, self._pipeline, self._log, self._mesh = config, pipeline, log, mesh
         with open_data(read_clips(config.validation_manifest or config.manifest, config.cache)) as data:
             self._batches = data.first_batches(NUM_CLIPS)
         self._rows = {entry.video_shape: entry.microbatch for entry in plan.entries}
@@ -63,18 +66,21 @@ class Validation:
     def _loss_at(self, sigma: float) -> float:
         losses, number = [], 0
         for batch in self._batches:
-            size = self._rows[batch.shape]
+            size, T = self._rows[batch.shape], batch.shape.num_frames
+            self._pipeline.cut(T)
             for first in range(0, len(batch.latents), size):
                 rows = slice(first, first + size)
                 latents = batch.latents[rows]
                 noise = []
                 for sample in latents:
-                    noise.append(torch.randn(sample.shape, generator=generator_of(self._config.seed, -1, number)))
+                    generator = generator_of(self._config.seed, -1, number)
+                    noise.append(torch.randn(T, *sample.shape[1:], generator=generator)[batch.frames])
                     number += 1
                 losses.append(
                     flow_loss(
                         self._pipeline.velocity, latents, batch.text_embeds[rows], batch.pooled[rows],
-                        torch.full((len(latents),), sigma), torch.stack(noise).to(latents),
+                        torch.full((len(latents),), sigma), torch.stack(noise).to(latents), num_frames=T,
                     )
                 )  # fmt: skip
-        return float(torch.cat(losses).mean())
+        [mean], _ = over_ranks(self._mesh, [float(torch.cat(losses).mean())], [])
+        return self._mesh.sizes["sp"] * mean  # of an sp group each rank has a part

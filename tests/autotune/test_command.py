@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from made_up_device import cluster
 
-from vchitect_fast import train
+from vchitect_fast import step
 from vchitect_fast.architecture import preset
 from vchitect_fast.autotune import probe, verify
 from vchitect_fast.cli import main
@@ -96,7 +96,7 @@ def test_verify_counts_the_peak_of_each_shape_anew(here: Path, monkeypatch: pyte
     """As the training log does: a small shape after a large one does not repeat the large one's."""
     calls: list[str] = []
     monkeypatch.setattr(verify, "reset_peak", lambda kind: calls.append("reset"))
-    monkeypatch.setattr(train, "peak_bytes", lambda kind: calls.append("read") or len(calls) * 2**30)
+    monkeypatch.setattr(step, "peak_bytes", lambda kind: calls.append("read") or len(calls) * 2**30)
     assert main(["autotune", "plan", *PLAN[:3], "2x32x32", "1x32x32", *PLAN[4:]]) == 0
     found = verify.verify(Plan.load("plan.json"), preset("vchitect-nano"), num_steps=1)
     assert calls == ["reset", "read", "read"] * 2

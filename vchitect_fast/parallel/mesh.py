@@ -288,6 +288,19 @@ def on_all(group: dist.ProcessGroup | None, call: Callable[[], R]) -> R:
     return result  # type: ignore[return-value]
 
 
+def over_ranks(mesh: Mesh, to_mean: list[float], to_max: list[float]) -> tuple[list[float], list[float]]:
+    """Means and maxima over all ranks, the same on each; every rank calls it with as many."""
+    if mesh.axes is None:
+        return to_mean, to_max
+    found = []
+    for values, op in ((to_mean, dist.ReduceOp.SUM), (to_max, dist.ReduceOp.MAX)):
+        packed = torch.tensor(values, dtype=torch.float64, device=mesh.device)
+        if values:
+            dist.all_reduce(packed, op)
+        found.append(packed.tolist())
+    return [value / mesh.world_size for value in found[0]], found[1]
+
+
 def _portable(error: Exception, rank: int) -> Exception:
     """As another rank shall see it: what a user can mend says it all, of anything else the rank is worth knowing."""
     if isinstance(error, UserError | OSError):
