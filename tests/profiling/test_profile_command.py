@@ -90,6 +90,17 @@ def test_the_spans_cover_the_step(analysed: dict) -> None:
     } <= names
 
 
+def test_branches_and_groups_are_told_apart_forward_backward_and_recomputed(analysed: dict) -> None:
+    names = {item["name"] for step in analysed["ranks"][0]["steps"] for item in step["by_span"] if item["device_us"] > 0}
+    for branch in ("spatial", "temporal", "cross"):
+        for kind in ("forward", "recompute", "backward"):
+            assert {f"{kind}/{branch}.qkv", f"{kind}/{branch}.branch_out"} <= names, (kind, branch)
+    assert {"forward/mlp.mlp_pre", "recompute/mlp.mlp_pre", "backward/mlp", "forward/branch_sum"} <= names
+    [memory] = analysed["memory"]
+    saved = {part["span"] for part in memory["parts"] if part["owner"] == "activations"}
+    assert {"forward/spatial.branch_out", "forward/mlp.mlp_pre"} <= saved
+
+
 def test_the_spans_are_at_most_one_percent_of_a_step(profiled: Path, analysed: dict) -> None:
     """Their number times what one costs, which is measured here, so that a slow machine slows both."""
     from time import perf_counter

@@ -26,6 +26,7 @@ from vchitect_fast.architecture import TransformerConfig
 from vchitect_fast.attention import cross_attention, spatial_attention, temporal_attention
 from vchitect_fast.model.exchange import WHOLE, Sharding
 from vchitect_fast.offload.groups import group
+from vchitect_fast.profiling.span import span
 
 NORM_EPS = 1e-6
 SPATIAL_WEIGHT = 1.1  # of the spatial branch in the sum, as released
@@ -76,6 +77,7 @@ class FeedForward(nn.Module):
         first.add_module("proj", nn.Linear(hidden_dim, 4 * hidden_dim))
         self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(4 * hidden_dim, hidden_dim)])
 
+    @span("forward/mlp")
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         with group("mlp_pre"):
@@ -121,28 +123,33 @@ class BranchAttention(nn.Module):
 
         y = temporal = None  # [B, T, J, D] each
         if self.branches.spatial:
-            q, k, v = joint(self.to_q, self.to_k, self.to_v, rows=exchange.spatial_rows(), sent=exchange.sends_heads)
-            q, k, v = exchange.spatial_heads(q, k, v)
-            spatial = attend(spatial_attention, q, k, v, backend=backend["spatial"])
-            y = SPATIAL_WEIGHT * exchange.spatial_back(spatial).flatten(-2)
+            with span("forward/spatial"):
+                q, k, v = joint(
+                    self.to_q, self.to_k, self.to_v, rows=exchange.spatial_rows(), sent=exchange.sends_heads
+                )
+                q, k, v = exchange.spatial_heads(q, k, v)
+                spatial = attend(spatial_attention, q, k, v, backend=backend["spatial"])
+                y = SPATIAL_WEIGHT * exchange.spatial_back(spatial).flatten(-2)
         if self.branches.cross:
-            (q,) = joint(self.to_q_cross, rows=(x_BTSD, c_BTND))
-            first = exchange.first_text()
-            if first is None:
-                k, v = (part[:, 0] for part in own_text[1:])
-            else:
-                with group("qkv"):
-                    k, v = (self._heads(project(first)) for project in (self.add_k_proj, self.add_v_proj))
-            cross = attend(cross_attention, q, k, v, backend=backend["cross"])
-            cross = self.to_out_context(cross.flatten(-2))
-            y = cross if y is None else y + cross
+            with span("forward/cross"):
+                (q,) = joint(self.to_q_cross, rows=(x_BTSD, c_BTND))
+                first = exchange.first_text()
+                if first is None:
+                    k, v = (part[:, 0] for part in own_text[1:])
+                else:
+                    with group("qkv"):
+                        k, v = (self._heads(project(first)) for project in (self.add_k_proj, self.add_v_proj))
+                cross = attend(cross_attention, q, k, v, backend=backend["cross"])
+                cross = self.to_out_context(cross.flatten(-2))
+                y = cross if y is None else y + cross
         if y is None:
             y = x_BTSD.new_zeros(*x_BTSD.shape[:2], S + c_BTND.shape[2], x_BTSD.shape[3])
         if self.branches.temporal:
-            q, k, v = joint(self.to_q_temp, self.to_k_temp, self.to_v_temp, rows=exchange.temporal_rows())
-            scaling = self.rope_scaling_factor
-            temporal = attend(temporal_attention, q, k, v, rope_scaling_factor=scaling, backend=backend["temporal"])
-            temporal = exchange.temporal_back(temporal).flatten(-2)
+            with span("forward/temporal"):
+                q, k, v = joint(self.to_q_temp, self.to_k_temp, self.to_v_temp, rows=exchange.temporal_rows())
+                scaling = self.rope_scaling_factor
+                temporal = attend(temporal_attention, q, k, v, rope_scaling_factor=scaling, backend=backend["temporal"])
+                temporal = exchange.temporal_back(temporal).flatten(-2)
         return self._sum(y, temporal, S, exchange.num_frames)
 
     def _text(self, c_BTND: Tensor) -> tuple[Tensor, ...]:
@@ -150,6 +157,7 @@ class BranchAttention(nn.Module):
         with group("qkv"):
             return tuple(self._heads(f(c_BTND)) for f in (self.add_q_proj, self.add_k_proj, self.add_v_proj))
 
+    @span("forward/branch_sum")
     def _sum(self, y: Tensor, temporal: Tensor | None, S: int, num_frames: int) -> tuple[Tensor, Tensor | None]:
         """The output products of the joint rows, visual and text."""
         # An image multiplies the temporal term by 0: its weights get zero gradients, not missing ones.

@@ -30,6 +30,7 @@ from vchitect_fast.model.handwritten import handwritten_block
 from vchitect_fast.offload.hooks import Saving
 from vchitect_fast.offload.policy import check_policy, effective, offloads
 from vchitect_fast.plan import RECOMPUTE, Policy, ShardSpec
+from vchitect_fast.profiling.span import span
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -197,13 +198,15 @@ class VchitectTransformer(nn.Module):
             block = cast(Block, self.transformer_blocks[index])
             if kernels and self.num_chunks == 1:
                 by_hand = partial(handwritten_block, block, impl=kernels)
-                x, c = saving.run_grouped(by_hand, policy, index, saved_pass, x, c, temb)
+                with span("forward/block"):
+                    x, c = saving.run_grouped(by_hand, policy, index, saved_pass, x, c, temb)
                 continue
             if self.num_chunks > 1:
                 run = partial(chunked_block, block, backend=self.attention_backend, num_chunks=self.num_chunks)
             else:
                 run = partial(block, backend=self.attention_backend, sharding=sharding)
-            x, c = saving.run_block(run, policy, index, saved_pass, x, c, temb)
+            with span("forward/block"):
+                x, c = saving.run_block(run, policy, index, saved_pass, x, c, temb)
         scale, shift = self.norm_out(temb)
         return self._unpatchify(sharding.leave(self.proj_out(modulate(x, shift, scale))), h, w)
 

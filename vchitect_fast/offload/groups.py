@@ -26,11 +26,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vchitect_fast.offload.engine import alias_of
+from vchitect_fast.profiling.span import span
 
 GROUPS = ("block_input", "qkv", "branch_out", "mlp_pre", "stats")
 PRODUCTS = {"addmm", "mm", "bmm", "baddbmm", "convolution", "_scaled_mm"}
 ATTENTION = ("scaled_dot_product", "spatial_forward", "temporal_forward", "cross_forward")  # parts of names
 
+_SPANS = {name: span(f"forward/.{name}") for name in GROUPS}
 _scope = local()
 _HOLE = object()  # where a tensor was
 
@@ -45,7 +47,8 @@ def group(name: str, *, sent: bool = False) -> Iterator[None]:
     before = getattr(_scope, "name", None), getattr(_scope, "sent", False)
     _scope.name, _scope.sent = name, sent
     try:
-        yield
+        with _SPANS[name]:
+            yield
     finally:
         _scope.name, _scope.sent = before
 
