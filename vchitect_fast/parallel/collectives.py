@@ -204,7 +204,9 @@ class Flight:
             return tensors[0].new_empty(0)  # recomputation: it was saved when it came
         self._start(self.parts, tensors)
         assert self._work is not None
-        return self._work[3]
+        return self._work[
+            3
+        ].detach()  # a backend's thread may let go of its tensor late: that one must not hold the graph
 
     def arrive(self) -> tuple[Tensor, ...]:
         """Forward, second half."""
