@@ -160,6 +160,22 @@ def close_in_fp32(cases: Sequence[Case], device: str = "cpu") -> int:
     return num_held
 
 
+def without_gradients(cases: Sequence[Case]) -> list[float]:
+    """The largest error of the velocity of this rank's frames in fp64, relative to the largest velocity: as in sampling."""
+    errors = []
+    for case in cases:
+        model = make_model(case, torch.float64)
+        latents, text, pooled, sigma, _ = make_batch(case, torch.float64)
+        with torch.no_grad():
+            expected = model(latents, text, pooled, 1000 * sigma)
+            model.set_shard(case.spec, dist.group.WORLD, case.T)
+            found = model(own_frames(case, latents), text, pooled, 1000 * sigma)
+        wanted = own_frames(case, expected)
+        assert found.shape == wanted.shape
+        errors.append(float((found - wanted).abs().sum() / expected.abs().max()))
+    return errors
+
+
 class Log(TorchDispatchMode):
     """What happens in order: "start", "wait", "attend", "attend back", "product"; and the numbers sent to others.
 

@@ -76,3 +76,12 @@ def test_fp32_errs_as_one_process_does() -> None:
     ]
     num_held = ranks(3).run("sequence_cases:close_in_fp32", cases)[0]
     assert num_held > 100 * len(cases)  # tensors held to the rule: the losses and all gradients
+
+
+def test_the_velocity_of_a_ranks_frames_without_gradients() -> None:
+    """As a sampler asks for it, a Policy set or not."""
+    cases = [
+        Case(spec, B=2, T=T, policies=policies) for spec in SPECS.values() for T, policies in ((1, ()), (4, MIXED))
+    ]
+    for errors in ranks(2).run("sequence_cases:without_gradients", cases):
+        assert len(errors) == len(cases) and max(errors) < TOLERANCE

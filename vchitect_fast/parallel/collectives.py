@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vchitect_fast.offload.groups import Arrival, expect
+from vchitect_fast.profiling.span import span
 
 Index = tuple[slice, ...]  # of a tensor's first dims
 
@@ -180,20 +181,24 @@ class Flight:
         assert coming is not None, "a flight ends once"
         return _Receive.apply(self, coming)
 
+    @span("collective/start")
     def _start(self, parts: tuple[Part, ...], tensors: Sequence[Tensor]) -> Tensor:
         way = route(parts, tuple(tensor.shape for tensor in tensors), self.size, self.rank)
         packed = way.pack(tensors)
         incoming = packed.new_empty(sum(way.receive_sizes))
-        work = dist.all_to_all_single(
-            incoming, packed, list(way.receive_sizes), list(way.send_sizes), group=self.group, async_op=True
-        )
+        with span("collective/start"):
+            work = dist.all_to_all_single(
+                incoming, packed, list(way.receive_sizes), list(way.send_sizes), group=self.group, async_op=True
+            )
         self._work = work, way, packed, incoming  # both buffers stay until the wait
         return packed
 
+    @span("collective/end")
     def _end(self, parts: tuple[Part, ...]) -> tuple[Tensor, ...]:
         assert self._work is not None
         work, way, _, incoming = self._work
-        work.wait()  # on CUDA the current stream waits, not this thread
+        with span("collective/wait"):
+            work.wait()  # on CUDA the current stream waits, not this thread
         self._work = None
         return way.unpack(parts, incoming)
 
