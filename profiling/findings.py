@@ -17,6 +17,7 @@ from vchitect_fast.profiling.facts import (
     COLLECTIVE,
     DATA,
     ELEMENTWISE,
+    ELSEWHERE,
     GEMM,
     LAUNCHING,
     SYNCHRONIZING,
@@ -146,6 +147,11 @@ RULES: tuple[Rule, ...] = (
     Rule(
         _idle(SYNCHRONIZING), 0.02, "The CPU waits for the device to finish and only then goes on: {ms} a step ({share}) idle.",
         "read no value back in the step (.item(), .cpu(), printing a tensor), or read it a step later.", on_device=True,
+    ),
+    Rule(
+        _idle(ELSEWHERE), 0.05,
+        "The device is idle for {ms} a step ({share}) while the CPU neither launches, waits for it nor is in a data span.",
+        "open spans around what the program does there, or record with_stack=True, and look at the timeline.", on_device=True,
     ),
     Rule(
         lambda step: step.idle_us - step.idle_by_cause_us[DATA], 0.10,

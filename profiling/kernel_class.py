@@ -13,7 +13,7 @@ from vchitect_fast.profiling.facts import ATTENTION, COLLECTIVE, ELEMENTWISE, GE
 
 # In lower case. Attention stands before GEMM because its kernels name CUTLASS, GEMM before elementwise because of epilogues.
 MARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    (COLLECTIVE, ("nccl", "rccl", "gloo:", "mpi:", "ucc:", "c10d::", "c10d_functional::", "collective/", "allreduce",
+    (COLLECTIVE, ("nccl", "rccl", "gloo:", "mpi:", "ucc:", "c10d::", "c10d_functional::", "record_param_comms", "collective/", "allreduce",
                   "all_reduce", "allgather", "all_gather", "reducescatter", "reduce_scatter", "alltoall", "all_to_all")),
     (OTHER, ("autograd::", "backward0", "backward1", "::accumulategrad")),  # nodes: what they run has names of its own
     (ATTENTION, ("flash", "fmha", "attention", "attn", "sdpa", "vchitect_fast::spatial", "vchitect_fast::temporal",
@@ -36,7 +36,7 @@ WHOLE = {"aten::t", "aten::select", "aten::slice", "aten::item", "aten::split", 
 @cache
 def kernel_class(name: str) -> str:
     """The class that the marks give, OTHER without one."""
-    lower = name.lower()
+    lower = name.lower().replace("fbgemm", "")  # a library, of which most ops are no products
     for found, marks in MARKS:
         if any(mark == lower if mark in WHOLE else mark in lower for mark in marks):
             return found

@@ -73,6 +73,16 @@ class _Export:
 
     def read(self) -> dict[int, Columns]:
         """Process id -> its events."""
+        for start, end, thread, correlation, name in self._rows(
+            "CUPTI_ACTIVITY_KIND_RUNTIME", "start", "end", "globalTid", "correlationId", "nameId"
+        ):
+            name = _VERSION.sub("", self._text(name))
+            self._cpu(Kind.RUNTIME, name, start, end, thread, _id(correlation))
+        for start, end, way, text, text_id, thread in self._rows(
+            "NVTX_EVENTS", "start", "end", "eventType", "text", "textId", "globalTid"
+        ):
+            if way in (PUSH_POP, START_END):
+                self._range(text if text is not None else self._text(text_id), start, end, thread)
         for start, end, device, stream, correlation, name, process in self._rows(
             "CUPTI_ACTIVITY_KIND_KERNEL", "start", "end", "deviceId", "streamId", "correlationId",
             "demangledName", "globalPid",
@@ -93,16 +103,6 @@ class _Export:
             "CUPTI_ACTIVITY_KIND_MEMSET", "start", "end", "deviceId", "streamId", "correlationId", "globalPid", "bytes"
         ):
             self._device(Kind.FILL, "Memset", start, end, device, stream, correlation, process, num_bytes)
-        for start, end, thread, correlation, name in self._rows(
-            "CUPTI_ACTIVITY_KIND_RUNTIME", "start", "end", "globalTid", "correlationId", "nameId"
-        ):
-            name = _VERSION.sub("", self._text(name))
-            self._cpu(Kind.RUNTIME, name, start, end, thread, _id(correlation))
-        for start, end, way, text, text_id, thread in self._rows(
-            "NVTX_EVENTS", "start", "end", "eventType", "text", "textId", "globalTid"
-        ):
-            if way in (PUSH_POP, START_END) and end is not None:
-                self._range(text if text is not None else self._text(text_id), start, end, thread)
         return self.processes
 
     def _rows(self, table: str, *wanted: str) -> Iterator[tuple[Any, ...]]:
@@ -111,7 +111,7 @@ class _Export:
             return
         there = {row[1] for row in self.database.execute(f"PRAGMA table_info({table})")}
         columns = ", ".join(f'"{name}"' if name in there else "NULL" for name in wanted)
-        yield from self.database.execute(f"SELECT {columns} FROM {table} WHERE start IS NOT NULL")
+        yield from self.database.execute(f'SELECT {columns} FROM {table} WHERE start IS NOT NULL AND "end" >= start')
 
     def _text(self, number: Any) -> str:
         return self.strings.get(number, "")
@@ -124,7 +124,9 @@ class _Export:
         correlation: int | None, process: int | None, num_bytes: int | None = None,
     ) -> None:  # fmt: skip
         lane = Lane(str(device), str(stream), True)
-        self._columns(_process(process)).add(
+        # Some versions do not say whose a kernel is: of one process it can only be that one's.
+        owner = next(iter(self.processes)) if process is None and len(self.processes) == 1 else _process(process)
+        self._columns(owner).add(
             kind, name, start / 1e3, (end - start) / 1e3, lane, _id(correlation), num_bytes=_id(num_bytes)
         )
 

@@ -221,15 +221,23 @@ def _stretches(work: Work, idle: Intervals, launching: np.ndarray) -> tuple[Stre
 
 
 def _allocations(trace: Trace, window: _Window) -> tuple[int, int, float]:
-    """Calls that take memory from the driver, those of them that come right after giving some back, and the time of both."""
+    """Calls that take memory from the driver, retries among them, and the time of these calls and of giving back.
+
+    A retry asks, gives cached memory back and asks again, with no work sent to the device in between. A cudaFree alone
+    is no sign of one: programs begin with it.
+    """
     calls = trace.where(Kind.RUNTIME)
     calls = calls[(trace.start_us[calls] >= window.cpu_start) & (trace.start_us[calls] < window.cpu_end)]
     wanted = np.array([name in ALLOCATE or name in GIVE_BACK for name in trace.names], dtype=bool)
-    calls = calls[wanted[trace.name[calls]]]
-    taken, retries, gave_back = 0, 0, False
-    for name in trace.name[calls].tolist():
-        takes = trace.names[name] in ALLOCATE
-        taken += takes
-        retries += takes and gave_back
-        gave_back = not takes
-    return taken, retries, float(trace.dur_us[calls].sum())
+    in_allocator = wanted[trace.name[calls]]
+    taken, retries = 0, 0
+    asked = gave_back = False
+    for name in (trace.names[number] for number in trace.name[calls].tolist()) if in_allocator.any() else ():
+        if name in ALLOCATE:
+            taken, retries = taken + 1, retries + gave_back
+            asked, gave_back = True, False
+        elif name in GIVE_BACK:
+            gave_back = asked
+        elif any(sent in name for sent in ("Launch", "Memcpy", "Memset")):
+            asked = gave_back = False
+    return taken, retries, float(trace.dur_us[calls[in_allocator]].sum())

@@ -20,9 +20,9 @@ from vchitect_fast.profiling.kernel_class import class_of, kernel_class
         (ELEMENTWISE, ["void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>", "aten::mul", "aten::tanh", "aten::native_layer_norm",
                        "triton_poi_fused_add_mul_3", "void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "aten::_fused_adamw_",
                        "void cublasLt::splitKreduce_kernel<32, 16>", "void at::native::(anonymous namespace)::CatArrayBatchedCopy<float>"]),
-        (COLLECTIVE, ["ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "gloo:all_to_all", "c10d::allreduce_",
+        (COLLECTIVE, ["ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "gloo:all_to_all", "c10d::allreduce_", "record_param_comms",
                       "_c10d_functional::all_gather_into_tensor"]),
-        (OTHER, ["aten::view", "aten::t", "aten::empty_like", "AddmmBackward0", "autograd::engine::evaluate_function: MmBackward0", "_kernel", ""]),
+        (OTHER, ["fbgemm::permute_2D_sparse_data", "aten::view", "aten::t", "aten::empty_like", "AddmmBackward0", "autograd::engine::evaluate_function: MmBackward0", "_kernel", ""]),
     ],
 )  # fmt: skip
 def test_a_name_has_its_class(expected: str, names: list[str]) -> None:

@@ -64,12 +64,16 @@ def test_each_process_is_a_trace_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_table_or_a_column_that_this_nsys_does_not_write_is_no_error(tmp_path: Path) -> None:
-    path = export(tmp_path / "t.sqlite", kernels=[KERNEL])
+    call = (990_000, 992_000, PROCESS + 11, 31, "cudaLaunchKernel_v7000")
+    path = export(tmp_path / "t.sqlite", kernels=[KERNEL], calls=[call])
     with sqlite3.connect(path) as database:
         database.execute("ALTER TABLE CUPTI_ACTIVITY_KIND_KERNEL DROP COLUMN globalPid")
         database.execute("DROP TABLE CUPTI_ACTIVITY_KIND_MEMCPY")
     [trace] = read_nsight(path)
-    assert rows(trace) == [(Kind.KERNEL, "gemm<float>", 0, 30, "7", 31, -1)]
+    assert rows(trace) == [
+        (Kind.RUNTIME, "cudaLaunchKernel", 0, 2, "11", 31, -1),
+        (Kind.KERNEL, "gemm<float>", 10, 30, "7", 31, -1),
+    ]
 
 
 def test_what_is_no_export_is_refused(tmp_path: Path) -> None:

@@ -41,8 +41,8 @@ def two_steps() -> list[dict[str, Any]]:
         *launched(7, 365, "Memcpy HtoD (Pinned -> Device)", 600, 40, 21, "gpu_memcpy", tid=2),
         op("aten::_fused_adamw_", 715, 20), *launched(8, 720, "multi_tensor_apply_kernel<FusedAdam>", 740, 100),
         event("cuda_runtime", "cudaStreamSynchronize", 835, 155),
-        event("cuda_runtime", "cudaFree", 991, 1), event("cuda_runtime", "cudaFree", 992, 1),
-        event("cuda_runtime", "cudaMalloc", 993, 1), event("cuda_runtime", "cudaMalloc", 994, 1),
+        event("cuda_runtime", "cudaMalloc", 991, 1), event("cuda_runtime", "cudaFree", 992, 1),
+        event("cuda_runtime", "cudaFree", 993, 1), event("cuda_runtime", "cudaMalloc", 994, 1),
         span("step/1", 1000, 400), span("forward/spatial", 1040, 100),
         op("aten::addmm", 1045, 20), *launched(9, 1050, "ampere_sgemm_128x64", 1060, 100),
     ]  # fmt: skip
@@ -114,6 +114,21 @@ def test_every_idle_microsecond_has_its_cause(step: StepAnalysis) -> None:
 
 def test_allocations_and_retries_are_counted(step: StepAnalysis) -> None:
     assert (step.num_device_allocations, step.num_allocator_retries, step.allocator_us) == (2, 1, us(4))
+
+
+@pytest.mark.parametrize(
+    ("calls", "taken", "retries"),
+    [
+        (["cudaFree", "cudaMalloc", "cudaMalloc"], 2, 0),  # how programs begin
+        (["cudaMalloc", "cudaFree", "cudaEventQuery", "cudaMalloc"], 2, 1),
+        (["cudaMalloc", "cudaLaunchKernel", "cudaFree", "cudaMalloc"], 2, 0),  # memory given back by the program
+        (["cuMemCreate", "cuMemUnmap", "cuMemRelease", "cuMemCreate", "cuMemUnmap", "cuMemCreate"], 3, 2),
+    ],
+)
+def test_a_retry_asks_gives_back_and_asks_again(tmp_path: Path, calls: list[str], taken: int, retries: int) -> None:
+    events = [event("cuda_runtime", name, 10 * k, 2) for k, name in enumerate(calls, 1)]
+    [step] = steps(tmp_path, [span("step/0", 0, 100), *launched(1, 0, "sgemm", 5, 90), *events])
+    assert (step.num_device_allocations, step.num_allocator_retries) == (taken, retries)
 
 
 def test_an_asynchronous_step_lasts_as_long_as_its_kernels(tmp_path: Path) -> None:
