@@ -80,12 +80,13 @@ def watch_rank(mesh: Mesh, config: TransformerConfig, sizes: Sizes, rounds: int)
     dtype = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
     group = mesh.axes.get_group("sp")
     layers = {way.name: Layer(way, config, sizes, group, mesh.device, dtype) for way in WAYS}
-    found = {name: _sample(layer, mesh.device) for name, layer in layers.items()}  # warms up; the counts stay
+    clock = Clock(mesh.device)
+    found = {name: _sample(layer, clock) for name, layer in layers.items()}  # warms up; the counts stay
     samples: dict[str, list[Traffic]] = {name: [] for name in layers}
     for _ in range(rounds):
         for name, layer in layers.items():
             dist.barrier()
-            samples[name].append(_sample(layer, mesh.device))
+            samples[name].append(_sample(layer, clock))
     return {
         name: replace(
             found[name],
@@ -97,14 +98,14 @@ def watch_rank(mesh: Mesh, config: TransformerConfig, sizes: Sizes, rounds: int)
     }
 
 
-def _sample(layer: Layer, device: torch.device) -> Traffic:
-    if device.type == "cpu":
+def _sample(layer: Layer, clock: Clock) -> Traffic:
+    if clock.device.type == "cpu":
         with Watch() as watch:
             layer.run()
             compute_s = watch.now_s()
         layer_s: tuple[float, ...] = ()
     else:
-        clock, work = Clock(device), Work(lambda _: layer.run())
+        work = Work(lambda _: layer.run())
         with Watch() as watch:
             layer_s = (clock.sample_s(work),)
         dist.barrier()

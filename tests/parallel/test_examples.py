@@ -51,6 +51,26 @@ def test_an_example_runs_under_torchrun(tmp_path: Path) -> None:
     check_output(done.stdout, num_ranks=2)
 
 
+def test_the_slurm_script_starts_train_with_its_arguments_and_processors(tmp_path: Path) -> None:
+    """A made-up srun tells what it was asked for."""
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/bash\nprintf "%s\\n" "$@" "$SRUN_CPUS_PER_TASK $OMP_NUM_THREADS"\nexit 7\n')
+    srun.chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "12"}
+    script = example_cases.EXAMPLES / "train.slurm"
+    done = subprocess.run(["bash", str(script), "my run.yaml", "steps=5"], capture_output=True, text=True, env=environ)
+    assert done.returncode == 7, done.stderr  # the job fails with its ranks
+    *options, command, verb, run_file, override, processors = done.stdout.splitlines()
+    assert {"--kill-on-bad-exit=1", "--distribution=block:block"} == set(options)
+    assert [command, verb, run_file, override, processors] == [
+        "vchitect-fast",
+        "train",
+        "my run.yaml",
+        "steps=5",
+        "12 12",
+    ]
+
+
 def check_output(text: str, num_ranks: int) -> None:
     losses = [float(loss) for loss in re.findall(r"step \d+  loss (\S+)", text)]
     assert len(losses) == 10 and losses[-1] < losses[0]
