@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import ranks
 from torch.utils.checkpoint import checkpoint
 
 from vchitect_fast.errors import UserError
@@ -286,3 +287,7 @@ def test_a_part_is_named_after_the_span_around_it() -> None:
         with span("forward/.qkv"):
             pass
     assert notes.names == ["forward/model", "forward/spatial", "forward/spatial.qkv", "forward/qkv"]
+
+
+def test_an_exchange_between_ranks_is_a_collective_there_and_back() -> None:
+    assert ranks(2).run("span_cases:exchanged") == [["collective/start", "collective/wait"] * 2] * 2
