@@ -194,7 +194,8 @@ def run_compare(words: list[str]) -> int:
     )
     found = compare(before, after, args.threshold)
     if args.json:
-        print(json.dumps({**asdict(found), "exit_code": found.exit_code}, indent=1))
+        rows = [{**asdict(row), "ratio": row.ratio} for row in found.rows]
+        print(json.dumps({**asdict(found), "rows": rows, "exit_code": found.exit_code}, indent=1))
     else:
         _print(found)
     return found.exit_code

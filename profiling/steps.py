@@ -61,7 +61,9 @@ class _Sets:
         self.covered = _merged(trace, spans[on_main])
         self.data = _merged(trace, spans[on_main & (kinds == "data")])
         calls = trace.where(Kind.RUNTIME)
-        waits = np.array(["Synchronize" in name or name == "cudaMemcpy" for name in trace.names], dtype=bool)
+        waits = np.array(
+            ["Synchronize" in name or name in ("cudaMemcpy", "hipMemcpy") for name in trace.names], dtype=bool
+        )
         waits_here = waits[trace.name[calls]]
         self.waiting = _merged(trace, calls[waits_here])
         # The CPU is at work where it issues ops, with the pauses of the interpreter in between, or is in a span that does.

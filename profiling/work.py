@@ -22,7 +22,7 @@ from vchitect_fast.profiling.kinds import kind_of
 from vchitect_fast.profiling.nesting import Innermost, innermost
 from vchitect_fast.profiling.trace import ON_DEVICE, Kind, Trace
 
-COMMUNICATION = ("gloo:", "nccl:", "mpi:", "ucc:")  # ranges that torch.distributed opens itself: work, not spans
+COMMUNICATION = ("gloo:", "nccl", "mpi:", "ucc:")  # ranges that torch.distributed and NCCL open themselves: no spans
 COPY_OUT, COPY_IN, COPY_WITHIN = (STREAMS.index(name) for name in ("copy_out", "copy_in", "copy_within"))
 
 

@@ -140,6 +140,7 @@ def test_the_command_prints_and_gives_ci_its_exit_code(tmp_path: Path, capsys: p
     assert told["exit_code"] == 1 and told["rows"][0]["verdict"] == "slower"
     # Of two ranks the slower decides the step, the mean counts for a span.
     assert told["rows"][0]["after_us"] == pytest.approx(2202.2, abs=2)
+    assert told["rows"][0]["ratio"] == pytest.approx(2202.2 / 2002, abs=1e-3)
     spatial = next(row for row in told["rows"] if row["name"] == "forward/spatial")
     assert spatial["after_us"] == pytest.approx((1201.2 + 1001) / 2, abs=0.1)
     assert run_compare(words[::-1]) == 0
