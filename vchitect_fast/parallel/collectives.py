@@ -181,7 +181,6 @@ class Flight:
         assert coming is not None, "a flight ends once"
         return _Receive.apply(self, coming)
 
-    @span("collective/start")
     def _start(self, parts: tuple[Part, ...], tensors: Sequence[Tensor]) -> Tensor:
         way = route(parts, tuple(tensor.shape for tensor in tensors), self.size, self.rank)
         packed = way.pack(tensors)
@@ -193,7 +192,6 @@ class Flight:
         self._work = work, way, packed, incoming  # both buffers stay until the wait
         return packed
 
-    @span("collective/end")
     def _end(self, parts: tuple[Part, ...]) -> tuple[Tensor, ...]:
         assert self._work is not None
         work, way, _, incoming = self._work
