@@ -198,6 +198,17 @@ def test_recomputation_keeps_its_own_span_inside_backward(tmp_path: Path) -> Non
     assert device == {"forward/spatial": us(10), "backward/spatial": us(30), "recompute/spatial": us(20)}
 
 
+def test_of_ops_with_one_number_the_last_made_the_node(tmp_path: Path) -> None:
+    events = [
+        span("step/0", 0, 100),
+        span("forward/a", 0, 20), op("aten::detach", 5, 10, **seq(4)),  # sees the next number and does not use it up
+        span("forward/b", 20, 20), op("aten::mul", 25, 10, **seq(4)),
+        span("backward/model", 50, 40), op("MulBackward0", 55, 20, **seq(4, True)),
+    ]  # fmt: skip
+    [step] = steps(tmp_path, events)
+    assert {one.name for one in step.by_span if one.kind == "backward" and one.device_us} == {"backward/b"}
+
+
 def test_a_trace_of_nsight_systems_gives_the_same_answers(tmp_path: Path) -> None:
     thread = PROCESS + 1
     path = export(
