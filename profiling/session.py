@@ -15,6 +15,7 @@ import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from vchitect_fast.config import TrainConfig
 from vchitect_fast.errors import UserError
 from vchitect_fast.files import whole_file, write_text
+from vchitect_fast.parallel.mesh import read_launch
 from vchitect_fast.profiling.owners import Owners
 from vchitect_fast.profiling.span import NvtxSink, Sink, TorchSink, recording
 from vchitect_fast.train import train
@@ -126,12 +128,12 @@ class _TorchProfiler(_Tool):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._profile.stop()
-        with whole_file(self._path) as partial:
-            plain = partial.with_name("plain.json")
+        # Ranks share the folder, so each writes the plain text in one of its own; torch's own .gz is slower, at level 9.
+        with TemporaryDirectory(dir=self._path.parent) as own, whole_file(self._path) as partial:
+            plain = Path(own, "trace.json")
             self._profile.export_chrome_trace(str(plain))
             with plain.open("rb") as source, gzip.open(partial, "wb", compresslevel=3) as target:
                 shutil.copyfileobj(source, target)
-            plain.unlink()
 
 
 class _CudaRange(_Tool):
@@ -187,8 +189,9 @@ class _Memory(_Tool):
 
 
 def this_rank() -> tuple[int, int]:
-    """(rank, number of ranks) as torchrun set them."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """(rank, number of ranks) as the launcher says (torchrun, Slurm); one process is rank 0 of 1."""
+    launch = read_launch(os.environ)
+    return (launch.rank, launch.world_size) if launch else (0, 1)
 
 
 def parse_ranks(text: str, num_ranks: int) -> tuple[int, ...]:

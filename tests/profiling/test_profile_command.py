@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pytest
 from made_up_trace import op, write
@@ -34,22 +37,26 @@ SHAPE, NUM_STEPS = "8x128x64", 2  # the quickstart's
 WARMUP = 2
 
 
+def plan_for(model: str, shape: str, policy: tuple[Policy, ...], **change: Any) -> Plan:
+    """A Plan for this machine; nothing of it was measured."""
+    predicted = Prediction(
+        1.0, {"forward_s": 0.3, "backward_s": 0.6, "optimizer_s": 0.1}, 1.0, {}, "made up for a test"
+    )
+    entry = PlanEntry(shape=shape, policy=policy, microbatch=1, accumulation=2, num_chunks=1, predicted=predicted)
+    return Plan(
+        model=preset(model).fingerprint(), device=this_device().fingerprint(), device_name="this machine",
+        compute_dtype="float32", num_text_tokens=16, peak_flops=1e10, entries=(entry,), **change,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """run.yaml of the quickstart's model and shape on real clips, half of the blocks recomputed."""
     folder = tmp_path_factory.mktemp("profile")
     write_manifest(bikes_clips(), folder / "clips.jsonl")
-    config = preset("vchitect-tiny")
-    policy = tuple(Policy.recompute() if k % 2 else Policy.keep() for k in range(config.num_layers))
-    predicted = Prediction(
-        1.0, {"forward_s": 0.3, "backward_s": 0.6, "optimizer_s": 0.1}, 1.0, {}, "made up for a test"
-    )
-    entry = PlanEntry(shape=SHAPE, policy=policy, microbatch=1, accumulation=2, num_chunks=1, predicted=predicted)
-    plan = Plan(
-        model=config.fingerprint(), device=this_device().fingerprint(), device_name="this machine", compute_dtype="float32",
-        num_text_tokens=16, peak_flops=1e10, entries=(entry,),
-    )  # fmt: skip
-    plan.save(folder / "plan.json")
+    num_blocks = preset("vchitect-tiny").num_layers
+    policy = tuple(Policy.recompute() if k % 2 else Policy.keep() for k in range(num_blocks))
+    plan_for("vchitect-tiny", SHAPE, policy).save(folder / "plan.json")
     run = TrainConfig(
         manifest=str(folder / "clips.jsonl"), plan=str(folder / "plan.json"), out=str(folder / "run"), model="vchitect-tiny",
         steps=1000, cache=str(folder / "cache"), validate_every=1, sample_every=1, save_every=1,
@@ -91,7 +98,9 @@ def test_the_spans_cover_the_step(analysed: dict) -> None:
 
 
 def test_branches_and_groups_are_told_apart_forward_backward_and_recomputed(analysed: dict) -> None:
-    names = {item["name"] for step in analysed["ranks"][0]["steps"] for item in step["by_span"] if item["device_us"] > 0}
+    names = {
+        item["name"] for step in analysed["ranks"][0]["steps"] for item in step["by_span"] if item["device_us"] > 0
+    }
     for branch in ("spatial", "temporal", "cross"):
         for kind in ("forward", "recompute", "backward"):
             assert {f"{kind}/{branch}.qkv", f"{kind}/{branch}.branch_out"} <= names, (kind, branch)
@@ -256,3 +265,32 @@ def test_a_profile_beside_itself_is_the_same(profiled: Path, capsys: pytest.Capt
     """Two steps are too few for a difference to count, and that is said; see test_compare.py for the rest."""
     assert cli.main(["profile", "compare", str(profiled), str(profiled)]) == 2
     assert "steps" in capsys.readouterr().err
+
+
+def test_two_ranks_write_into_one_folder_and_the_first_shows_both(place: Path, tmp_path: Path) -> None:
+    nano = preset("vchitect-nano")
+    mesh = {"dp_replicate": 1, "dp_shard": 2, "sp": 1}
+    plan = plan_for("vchitect-nano", "4x32x16", (Policy.keep(),) * nano.num_layers, mesh=mesh, fsdp_group="global")
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    fingerprint = "from vchitect_fast.machine import this_device; print(this_device().fingerprint())"
+    told = subprocess.run(
+        [sys.executable, "-c", fingerprint], env=environ, cwd=tmp_path, capture_output=True, text=True
+    )
+    replace(plan, device=told.stdout.strip()).save(tmp_path / "plan.json")  # of one thread, as the ranks have
+    start = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "vchitect_fast.cli",
+    ]
+    words = ["profile", str(place / "run.yaml"), f"plan={tmp_path / 'plan.json'}", "model=vchitect-nano", "cache=null"]
+    command = [*start, *words, "--steps", "2", "--ranks", "all", "--out", "p"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environ)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "p").iterdir()} == {
+        "trace-rank0.json.gz", "trace-rank1.json.gz", "memory-rank0.json", "memory-rank1.json", "records.jsonl", "report.html", "train",
+    }  # fmt: skip
+    assert "Ranks side by side" in (tmp_path / "p" / "report.html").read_text()
