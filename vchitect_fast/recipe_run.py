@@ -76,7 +76,7 @@ def run_recipe(recipe: Recipe) -> list[dict[str, Any]]:
         if summary["step"] < stage.config.steps:
             console.print(f"stopped in {title} after step {summary['step']}; the same command goes on from there")
             break
-        records.append(record_of(stage, summary))
+        records.append(record_of(stage, summary) if _is_first() else summary)
         if _is_first():
             write_text(stage.folder / STAGE_FILE, json.dumps(records[-1], indent=1))
             write_recipe_report(recipe, records)

@@ -16,6 +16,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import count
 from typing import TypeVar, cast
 
 import torch
@@ -123,6 +125,7 @@ class Mesh:
 
 
 ALONE = Mesh()
+_number_launched = count()  # of this process; the ranks count alike, as they start and end together
 
 
 @contextmanager
@@ -147,14 +150,21 @@ def launched(
     device = torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    place = None if launch.master is None else f"tcp://{launch.master[0]}:{launch.master[1]}"
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo", init_method=place, rank=launch.rank, world_size=launch.world_size
-    )
+    # A name of its own each time: in the launcher's store the ranks would find each other's addresses of the time before.
+    store = dist.PrefixStore(f"launched/{next(_number_launched)}", _store(launch))
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size)
     try:
         yield make_mesh(sizes, fsdp_group, device, launch.local_world_size)
     finally:
         dist.destroy_process_group()
+
+
+@cache
+def _store(launch: Launch) -> dist.Store:
+    """Where the ranks meet, for the life of the process: its port cannot be opened twice."""
+    place = "env://" if launch.master is None else f"tcp://{launch.master[0]}:{launch.master[1]}"
+    return next(dist.rendezvous(place, launch.rank, launch.world_size))[0]
 
 
 def make_mesh(
