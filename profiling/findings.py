@@ -133,7 +133,7 @@ def _allocations(rank: RankAnalysis) -> str:
 RULES: tuple[Rule, ...] = (
     Rule(
         _idle(DATA), 0.02, "The device waits {ms} a step ({share}) for data.",
-        "set cache, so that latents and texts are computed once and then read.", "cache",
+        "set cache, so that latents and texts are computed once and then read; if it is set, keep it on a faster disk.", "cache",
     ),
     Rule(
         _in_spans("encode"), 0.05, "Encoding videos and texts takes {ms} a step ({share}).",
