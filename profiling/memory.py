@@ -5,8 +5,8 @@
 Owners: weights, optimizer and average are known by address, gradients by address in each step; an allocation of a forward
 span that outlives it is an activation (it was saved for backward), of a data or encode span the batch; the rest is
 workspace. Each has the innermost span in which it was made, so that activations split by branch and group. Without owners
-(another program's trace) only the spans speak. Two things are not known and said: what a CPU process held before the
-recording besides these tensors, and which thread allocated (the time alone names the span). No torch.
+(another program's trace) only the spans speak. What a CPU process held before the recording besides these tensors is not
+known, which is said; nor is the thread that allocated: the time alone names the span. No torch.
 Letters: M memory events, E span events.
 """
 

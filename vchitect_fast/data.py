@@ -34,6 +34,7 @@ from vchitect_fast.model.text import TextEncoder
 from vchitect_fast.model.vae import Codec
 from vchitect_fast.parallel.mesh import ALONE, Mesh
 from vchitect_fast.parallel.vae import encode_frames, encode_texts, own_frames
+from vchitect_fast.profiling.span import span
 from vchitect_fast.schedule import Schedule
 from vchitect_fast.shapes import LATENT_CHANNELS, VideoShape
 from vchitect_fast.video import DecodeError, decode_window, read_video, write_video
@@ -181,7 +182,8 @@ class VideoData:
         for wanted in range(step, step + 1 + PREFETCH_STEPS):
             if wanted not in self._ahead:
                 self._ahead[wanted] = self._thread.submit(self._decode_step, wanted)
-        shape, samples = self._ahead.pop(step).result()
+        with span("data/wait"):
+            shape, samples = self._ahead.pop(step).result()
         return self._encode(shape, samples, time.perf_counter() - began)
 
     def first_batches(self, num_samples: int) -> list[Batch]:
@@ -240,6 +242,7 @@ class VideoData:
                 return sample
         raise self._nothing_decodes(str(shape))
 
+    @span("data/decode")
     def _decode(self, window: Window, shape: VideoShape) -> _Sample | None:
         """Latents from the cache, or frames; None, once recorded, when the window does not decode."""
         if window in self._failures:
@@ -263,6 +266,7 @@ class VideoData:
         reasons = "; ".join(f"{path}: {reason}" for path, reason in list(self._failures.by_file.items())[:3])
         return UserError(f"no clip for {what} can be decoded ({reasons}); mend or replace these files.")
 
+    @span("encode/batch")
     @torch.no_grad()
     def _encode(self, shape: VideoShape, samples: list[_Sample], data_s: float) -> Batch:
         began = time.perf_counter()
@@ -295,7 +299,7 @@ class VideoData:
         number = int.from_bytes(hashlib.sha256(names.encode()).digest()[:7], "little")
         own = torch.tensor([number], device=self._device)
         everyones = own.new_empty(self._mesh.sizes["sp"])
-        dist.all_gather_into_tensor(everyones, own, group=self._mesh.sp_group)
+        dist.all_gather(list(everyones.chunk(self._mesh.sizes["sp"])), own, group=self._mesh.sp_group)
         if len(set(everyones.tolist())) > 1:
             bad = "; ".join(f"{path}: {reason}" for path, reason in list(self._failures.by_file.items())[-3:]) or "none"
             raise UserError(
