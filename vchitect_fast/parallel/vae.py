@@ -84,6 +84,6 @@ def encode_texts(encode: Callable[[str], Text], captions: Sequence[str], group: 
     embeds, pooled = mine[0]
     packed = torch.stack([torch.cat((text.flatten(), vector.flatten())) for text, vector in mine])
     gathered = packed.new_empty(num_ranks * count, packed.shape[1])
-    dist.all_gather_into_tensor(gathered, packed, group=group)
+    dist.all_gather(list(gathered.chunk(num_ranks)), packed, group=group)
     texts, vectors = gathered[: len(captions)].split([embeds.numel(), pooled.numel()], dim=1)
     return [(text.view_as(embeds), vector) for text, vector in zip(texts, vectors, strict=True)]
