@@ -70,6 +70,10 @@ def _notes(trace: Trace, steps: tuple[StepAnalysis, ...]) -> list[str]:
         notes.append(
             f"{trace.source} has no launches, so why the device was idle is not known: record CPU activity too."
         )
+    if trace.passed_over:
+        notes.append(
+            f"{trace.source} has events that are not understood, and not counted: {', '.join(trace.passed_over)}."
+        )
     shares = [step.attributed for step in steps if step.attributed is not None]
     if shares and median(shares) < LOW_ATTRIBUTION:
         notes.append(

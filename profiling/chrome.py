@@ -3,8 +3,8 @@
 A piece of the file is cut where one event ends and the next begins, parsed, put into columns and forgotten: memory holds
 the columns and one piece. A cut in a wrong place (inside an event, inside a string) leaves brackets open, so a piece that
 parses was cut rightly. Any program's trace will do, with or without a GPU, also in Chrome's bare array form. Python
-function events, flow arrows and the copies of CPU ranges on GPU rows are passed over. Broken, truncated, empty and foreign
-files are refused.
+function events, flow arrows and the copies of CPU ranges on GPU rows are not needed; events of any other category are
+passed over, and the Trace says which. Broken, truncated, empty and foreign files are refused.
 """
 
 from __future__ import annotations
@@ -28,13 +28,18 @@ _CUT = re.compile(rb"\}\s*,\s*(?=\{)")
 _START = re.compile(rb'"traceEvents"\s*:\s*\[')
 _RANK = re.compile(r"rank[-_.]?(\d+)")
 
-# Category -> kind; capitalised ones are of PyTorch 1.8. What is missing here is passed over, see `_read_event`.
+# Category -> kind; capitalised ones are of PyTorch 1.8.
 _KINDS = {
     "cpu_op": Kind.OP, "Operator": Kind.OP, "user_annotation": Kind.SPAN,
     "kernel": Kind.KERNEL, "Kernel": Kind.KERNEL, "gpu_memcpy": Kind.COPY, "Memcpy": Kind.COPY,
     "gpu_memset": Kind.FILL, "Memset": Kind.FILL,
     **{f"{maker}_{what}": Kind.RUNTIME for maker in ("cuda", "xpu", "mtia", "privateuse1") for what in ("runtime", "driver")},
     "Runtime": Kind.RUNTIME,
+}  # fmt: skip
+
+_NOT_NEEDED = {
+    "python_function", "gpu_user_annotation", "ac2g", "fwdbwd", "async_cpu_to_gpu", "async_gpu", "cpu_instant_event", "Trace",
+    "overhead", "cuda_sync", "cuda_profiler_range",
 }  # fmt: skip
 
 
@@ -53,11 +58,12 @@ def read_chrome(path: str | Path) -> Trace:
     except EOFError:
         raise _cut_off(path, columns) from None
     if not len(columns):
-        seen = ", ".join(sorted(reader.passed_over)) or "none"
+        seen = ", ".join(sorted(reader.other)) or "none"
         raise UserError(
             f"{path} must have events of PyTorch's profiler (cpu_op, kernel), its categories are: {seen}; {REMEDY}"
         )
-    return columns.finish(path.name, "torch", _rank(header, path))
+    passed_over = tuple(sorted(reader.other - _NOT_NEEDED))
+    return columns.finish(path.name, "torch", _rank(header, path), passed_over)
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -169,11 +175,11 @@ def _rank(header: dict[str, Any], path: Path) -> int | None:
 
 
 class _Reader:
-    """Puts events into columns, and remembers which categories it passed over."""
+    """Puts events into columns, and remembers the categories of the others."""
 
     def __init__(self, columns: Columns) -> None:
         self.columns = columns
-        self.passed_over: set[str] = set()
+        self.other: set[str] = set()
         self._lanes: dict[tuple[Any, Any, bool], Lane] = {}
 
     def read(self, events: list[Any]) -> None:
@@ -189,7 +195,7 @@ class _Reader:
             elif event.get("name") == "[memory]":
                 self._memory(event, args)
             elif category is not None:
-                self.passed_over.add(str(category)[:40])
+                self.other.add(str(category)[:40])
 
     def _event(self, kind: Kind, event: dict[str, Any], args: dict[str, Any]) -> None:
         try:

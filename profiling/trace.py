@@ -80,6 +80,7 @@ class Trace:
     sequence: np.ndarray  # int64 [E], number of the autograd node that an op makes or runs; -1 none
     backward: np.ndarray  # int8 [E], 1 where the op runs that node
     memory: Memory
+    passed_over: tuple[str, ...] = ()  # categories of events that nobody here understands
 
     def __len__(self) -> int:
         return len(self.start_us)
@@ -139,7 +140,7 @@ class Columns:
         for column, value in zip(self._memory.values(), values, strict=True):
             column.append(value)
 
-    def finish(self, source: str, tool: str, rank: int | None) -> Trace:
+    def finish(self, source: str, tool: str, rank: int | None, passed_over: tuple[str, ...] = ()) -> Trace:
         """The Trace, sorted, its clock starting at the first event."""
         columns = {name: np.frombuffer(column, dtype=column.typecode) for name, column in self._columns.items()}
         memory = {name: np.frombuffer(column, dtype=column.typecode) for name, column in self._memory.items()}
@@ -152,7 +153,7 @@ class Columns:
         memory["at_us"] = memory["at_us"] - origin_us
         return Trace(
             source, tool, rank, origin_us, tuple(self._names), tuple(self._shapes), tuple(self._lanes),
-            **columns, memory=Memory(**memory),
+            **columns, memory=Memory(**memory), passed_over=passed_over,
         )  # fmt: skip
 
 

@@ -150,6 +150,15 @@ def test_two_files_of_one_name_stay_two_ranks(tmp_path: Path) -> None:
     assert found.imbalance is not None and set(found.imbalance.own_us) == {"t.json", "t.json (2)"}
 
 
+def test_events_of_another_kind_of_device_are_not_passed_over_in_silence(tmp_path: Path) -> None:
+    known = [event("python_function", "f", 0, 9), event("gpu_user_annotation", "step/0", 0, 9)]
+    [rank] = analyse(read_traces(write(tmp_path / "t.json", [*one_step(BUSY), *known]))).ranks
+    assert not any("not understood" in note for note in rank.notes)
+    other = event("mtia_ccp_events", "gemm", 0, 9)
+    [rank] = analyse(read_traces(write(tmp_path / "t.json", [*one_step(BUSY), *known, other]))).ranks
+    assert any("not understood, and not counted: mtia_ccp_events." in note for note in rank.notes)
+
+
 def test_exports_of_nsight_systems_are_told_apart_by_content(tmp_path: Path) -> None:
     path = export(tmp_path / "t.json", kernels=[(0, 1000, 0, 7, 1, "sgemm", PROCESS)])
     [rank] = analyse(read_traces(path)).ranks
