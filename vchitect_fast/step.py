@@ -50,10 +50,11 @@ class Step:
         obey(self.model, entry, mesh)
         clock = Clock(batch.latents.device)
         losses = [self._microbatch(step, micro, batch, entry, clock) for micro in range(entry.accumulation)]
-        # Ranks of an sp group have parts of one loss.
-        part = mesh.sizes["sp"] * float(torch.stack(losses).sum())
-        busy_s = batch.data_s + batch.encode_s + sum(clock.seconds.values())
-        [total, mean_busy_s], [longest_s] = over_ranks(mesh, [part, busy_s], [busy_s])
+        with span("forward/loss"):  # ranks wait for each other here
+            # Ranks of an sp group have parts of one loss.
+            part = mesh.sizes["sp"] * float(torch.stack(losses).sum())
+            busy_s = batch.data_s + batch.encode_s + sum(clock.seconds.values())
+            [total, mean_busy_s], [longest_s] = over_ranks(mesh, [part, busy_s], [busy_s])
         rate = learning_rate(self.config, step)
         with span("optimizer/step"):
             norm = float(self.optimizer.step(rate, self.config.clip_norm)) if math.isfinite(total) else math.nan
