@@ -42,7 +42,7 @@ def plan_for(model: str, shape: str, policy: tuple[Policy, ...], **change: Any) 
     predicted = Prediction(
         1.0, {"forward_s": 0.3, "backward_s": 0.6, "optimizer_s": 0.1}, 1.0, {}, "made up for a test"
     )
-    entry = PlanEntry(shape=shape, policy=policy, microbatch=1, accumulation=2, num_chunks=1, predicted=predicted)
+    entry = PlanEntry(shape=shape, policy=policy, microbatch=2, accumulation=1, num_chunks=1, predicted=predicted)
     return Plan(
         model=preset(model).fingerprint(), device=this_device().fingerprint(), device_name="this machine",
         compute_dtype="float32", num_text_tokens=16, peak_flops=1e10, entries=(entry,), **change,
@@ -146,7 +146,7 @@ def test_the_peak_of_the_memory_is_explained(analysed: dict) -> None:
     for owner in ("weights", "average"):
         assert weights <= sizes[owner] <= 1.05 * weights, owner  # and buffers
     assert 2 * weights <= sizes["optimizer"] <= 2.05 * weights
-    assert 0.5 * weights <= sizes["gradients"] <= weights
+    assert 0 < sizes["gradients"] <= weights  # the peak is early in backward
     assert memory["peak_span"] in ("forward/model", "backward/model") and sizes["activations"] > 2**20
 
 
