@@ -27,7 +27,11 @@ def _no_gpu() -> str:
     return "" if torch.cuda.is_available() else "needs a CUDA GPU, torch sees none"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("xdist"):  # a file stays in one process, and the gloo ranks are started by one
+        for item in items:
+            in_ranks = "parallel" in item.path.parts
+            item.add_marker(pytest.mark.xdist_group("ranks" if in_ranks else str(item.path)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     reason = _no_gpu() if marked else ""
     for item in marked if reason else []:

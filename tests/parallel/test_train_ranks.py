@@ -18,8 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-import yaml
-from test_train import SHAPE, assert_same, clips, final, plan_of
+from test_train import assert_same, clips, final, plan_of
 
 from vchitect_fast.cli import main
 from vchitect_fast.config import TrainConfig
@@ -148,21 +147,3 @@ def test_sigterm_to_one_rank_saves_and_ends_all(tmp_path: Path, one_thread: None
     last = read_log(tmp_path / "stopped", "step")[-1]["step"]
     assert last < 1000
     assert (tmp_path / "stopped" / "latest").read_text().strip() == f"checkpoint-{last:08d}"
-
-
-def test_stages_of_a_recipe_follow_on_ranks_each_with_its_mesh(tmp_path: Path, one_thread: None) -> None:
-    run_file(tmp_path, "first", (1, 2, 1), 1, ShardSpec())
-    run_file(tmp_path, "second", (1, 1, 2), 2, FRAMES)
-    recipe = tmp_path / "recipe.yaml"
-    stages = [
-        {"name": name, "shapes": [SHAPE], "batch": 2, "steps": 2, "plan": str(tmp_path / f"{name}-plan.json")}
-        for name in ("first", "second")
-    ]
-    run_wide = {"manifest": str(tmp_path / "clips.jsonl"), "model": "vchitect-nano", "validate_every": 0}
-    recipe.write_text(yaml.safe_dump({"out": str(tmp_path / "out"), **run_wide, "stages": stages}))
-    printed = finished(torchrun(recipe, 2))
-    assert printed.count("stage 2 of 2: second") == 1
-    assert "dp_replicate 1 x dp_shard 2 x sp 1" in printed and "dp_replicate 1 x dp_shard 1 x sp 2" in printed
-    first, second = (final(tmp_path / "out" / name) for name in ("01-first", "02-second"))
-    assert first["optimizer.step.proj_out.weight"] == 2 and second["optimizer.step.proj_out.weight"] == 4
-    assert "FutureWarning" not in printed
