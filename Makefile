@@ -16,7 +16,7 @@ export PYTHONSAFEPATH := 1
 help:
 	@echo "make quickstart   install into .venv, then real videos to a plan, a training run, a sample and a report"
 	@echo "make test         what CI runs: C++ tests, linters, types, all Python tests with coverage"
-	@echo "make soak         the long runs: 30 kills leave no trace, the quickstart learns every clip (fifteen minutes), 20,000 random offload steps"
+	@echo "make soak         the long runs: 40 kills leave no trace, what torchrun starts, the quickstart learns every clip (fifteen minutes), 20,000 random offload steps"
 	@echo "make lint         linters and types only"
 	@echo "make clean        remove .venv, build and caches (runs/ stays)"
 

@@ -99,6 +99,7 @@ def test_without_the_optimizer_its_moments_begin_at_zero(copied: Path) -> None:
     assert final(copied.parent / "out" / "03-long")["optimizer.step.proj_out.bias"].item() == 6
 
 
+@pytest.mark.soak
 def test_killed_in_the_middle_of_a_stage_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     """kill -9 in the second of three stages, then the same command: the last stage has the same bits as an undisturbed run's."""
     path = write_recipe(tmp_path)

@@ -112,6 +112,7 @@ def test_on_a_gpu_exposed_is_what_the_exchanges_add() -> None:
     assert "sequence parallelism" in to_record(found[0], EVEN, "bfloat16", "command").to_line()
 
 
+@pytest.mark.soak
 def test_the_command_starts_ranks_and_appends_records(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "records.jsonl"
     assert parallel.main(["--ranks", "2", "--rounds", "1", "--sizes", "2,4,2,2", "--out", str(out)]) == 0

@@ -282,7 +282,8 @@ def test_r11_blocks_of_unequal_size_do_not_share_a_buffer() -> None:
             handles = [engine.offload(x, "x").handle(x) for x in tensors]
             for handle in handles:
                 engine.fetch(handle.entry)
-            return all(torch.equal(engine.restore(h), x) for h, x in zip(handles, tensors, strict=True))
+            restored = [engine.restore(handle) for handle in handles]  # all copies are done before one is looked at
+            return all(torch.equal(found, x) for found, x in zip(restored, tensors, strict=True))
 
     def two_buffers_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         buffers, turn = [torch.empty(NUM * 4, dtype=torch.uint8) for _ in range(2)], [0]

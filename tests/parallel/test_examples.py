@@ -43,6 +43,7 @@ def test_an_example_runs_alone(capsys: pytest.CaptureFixture[str]) -> None:
     check_output(capsys.readouterr().out, num_ranks=1)
 
 
+@pytest.mark.soak
 def test_an_example_runs_under_torchrun(tmp_path: Path) -> None:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command, environ = [*start, str(example_cases.EXAMPLES / f"{NAMES[0]}.py")], {**os.environ, "OMP_NUM_THREADS": "1"}

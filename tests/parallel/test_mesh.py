@@ -159,6 +159,7 @@ def test_ranks_agree_on_results_and_on_errors() -> None:
     assert one["one_breaks"] == "KeyError: 'x'"
 
 
+@pytest.mark.soak
 def test_under_torchrun_the_mesh_is_said_and_a_lost_rank_ends_all_with_its_name() -> None:
     began = time.monotonic()
     tests = Path(mesh_calls.__file__).parent

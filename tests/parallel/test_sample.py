@@ -50,6 +50,7 @@ def test_ranks_make_the_video_of_one_process(folder: Path, world_size: int, shap
         assert all(other[k].shape == (2, 0, *video.shape[2:]) for other in others)
 
 
+@pytest.mark.soak
 def test_torchrun_writes_one_video(folder: Path, tmp_path: Path) -> None:
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vchitect_fast.sample"]
     options = [

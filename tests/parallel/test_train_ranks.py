@@ -1,6 +1,6 @@
-"""The training loop on several ranks, started by torchrun on real clips: the same as one process, and what a killed rank does.
+"""The training loop on several ranks and real clips: the same as one process, and what a killed or stopped rank does.
 
-pytest tests/parallel/test_train_ranks.py; each run is a process tree of its own.
+pytest tests/parallel/test_train_ranks.py; what is killed was started by torchrun, the rest runs on ranks.py.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from ranks import ranks
 from test_train import assert_same, clips, final, plan_of
 
 from vchitect_fast.cli import main
@@ -90,14 +91,11 @@ def test_ranks_compute_what_one_process_does_also_after_another_mesh_takes_over(
 ) -> None:
     assert main(["train", str(run_file(tmp_path, "one", (1, 1, 1), 4, ShardSpec(), steps=4))]) == 0
     four = run_file(tmp_path, "ranks", (1, 2, 2), 2, FRAMES, steps=2)
-    printed = finished(torchrun(four, 4))
-    assert "4 ranks on 1 node: dp_replicate 1 x dp_shard 2 x sp 2" in printed
-    assert "samples a step 4 = microbatch 1 x accumulation 2 x dp_replicate 1 x dp_shard 2" in printed
-    assert printed.count("saved    ") == 2  # rank 0 alone prints: the checkpoint, and where it is at the end
+    assert ranks(4).run("train_calls:trained", str(four)) == [2] * 4
     assert (tmp_path / "ranks" / "model" / "config.json").exists()
     two = run_file(tmp_path, "ranks", (1, 1, 2), 4, TOKENS, steps=4)
-    printed = finished(torchrun(two, 2))
-    assert "changed  samples_a_step" in printed
+    assert ranks(2).run("train_calls:trained", str(two)) == [4] * 2
+    assert "samples_a_step" in read_log(tmp_path / "ranks", "resumed")[0]["changed"]
 
     expected, found = (read_log(tmp_path / name, "step") for name in ("one", "ranks"))
     assert [event["step"] for event in found] == [1, 2, 3, 4]
@@ -115,7 +113,7 @@ def test_ranks_compute_what_one_process_does_also_after_another_mesh_takes_over(
 
 def test_a_killed_rank_ends_all_and_is_named_and_the_run_goes_on_exactly(tmp_path: Path, one_thread: None) -> None:
     whole = run_file(tmp_path, "whole", (1, 1, 2), 2, FRAMES, steps=4)
-    finished(torchrun(whole, 2))
+    assert ranks(2).run("train_calls:trained", str(whole)) == [4] * 2
     file = run_file(tmp_path, "killed", (1, 1, 2), 2, FRAMES, steps=4, save_every=1)
     process = torchrun(file, 2)
     log = tmp_path / "killed" / "log.jsonl"
@@ -131,7 +129,7 @@ def test_a_killed_rank_ends_all_and_is_named_and_the_run_goes_on_exactly(tmp_pat
     assert process.returncode != 0
     assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in family)
     assert re.search(r"rank\s+: 1 ", printed) and "SIGKILL" in printed, printed[-3000:]
-    finished(torchrun(file, 2))
+    assert ranks(2).run("train_calls:trained", str(file)) == [4] * 2
     assert_same(final(tmp_path / "whole"), final(tmp_path / "killed"))
 
 
@@ -143,7 +141,10 @@ def test_sigterm_to_one_rank_saves_and_ends_all(tmp_path: Path, one_thread: None
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
     ranks_of(process)[1].send_signal(signal.SIGTERM)
-    finished(process)
+    printed = finished(process)
+    assert "2 ranks on 1 node: dp_replicate 1 x dp_shard 1 x sp 2" in printed
+    assert "samples a step 2 = microbatch 1 x accumulation 2 x dp_replicate 1 x dp_shard 1" in printed
+    assert printed.count("saved    ") == 2  # rank 0 alone prints: the checkpoint, and where it is at the end
     last = read_log(tmp_path / "stopped", "step")[-1]["step"]
     assert last < 1000
     assert (tmp_path / "stopped" / "latest").read_text().strip() == f"checkpoint-{last:08d}"

@@ -271,6 +271,7 @@ def test_a_profile_beside_itself_is_the_same(profiled: Path, capsys: pytest.Capt
     assert "steps" in capsys.readouterr().err
 
 
+@pytest.mark.soak
 def test_two_ranks_write_into_one_folder_and_the_first_shows_both(place: Path, tmp_path: Path) -> None:
     nano = preset("vchitect-nano")
     mesh = {"dp_replicate": 1, "dp_shard": 2, "sp": 1}
