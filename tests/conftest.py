@@ -27,8 +27,12 @@ def _no_gpu() -> str:
     return "" if torch.cuda.is_available() else "needs a CUDA GPU, torch sees none"
 
 
+LONG = ("test_quickstart.py", "test_thousand_steps.py")  # begun first, so that no process ends long after the other
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.pluginmanager.hasplugin("xdist"):  # a file stays in one process, and the gloo ranks are started by one
+        items.sort(key=lambda item: item.path.name not in LONG)
         for item in items:
             in_ranks = "parallel" in item.path.parts
             item.add_marker(pytest.mark.xdist_group("ranks" if in_ranks else str(item.path)))

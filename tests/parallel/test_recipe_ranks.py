@@ -46,6 +46,7 @@ def on_two_ranks(recipe: Path) -> str:
     return ended.stdout
 
 
+@pytest.mark.soak
 def test_stages_of_other_meshes_hand_over_weights_and_moments(tmp_path: Path) -> None:
     """Parameters in shards by dp_shard, then by sp: at a rate of next to nothing the second stage has the first one's bits."""
     path = write_recipe(tmp_path)
