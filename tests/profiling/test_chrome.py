@@ -80,7 +80,7 @@ def test_where_the_pieces_are_cut_makes_no_difference(
         "events last": json.dumps({"a": [{}, {}], **document(EVENTS)}),
         "gz": json.dumps(document(EVENTS)),
     }[form]
-    path.write_bytes(gzip.compress(text.encode()) if form == "gz" else text.encode())
+    path.write_bytes(gzip.compress(text.encode(), mtime=0) if form == "gz" else text.encode())
     assert rows(read_chrome(path)) == whole
 
 
@@ -98,7 +98,7 @@ def test_the_rank_of_the_file_name_counts_where_the_trace_has_none(tmp_path: Pat
         (b'{"a": nonsense, "traceEvents": []}', "is not JSON before its events"),
         (b'{"traceEvents": []}', "must have events of PyTorch's profiler (cpu_op, kernel), its categories are: none"),
         (b'{"traceEvents": [{"ph": "X", "cat": "blink", "ts": 1, "dur": 1}]}', "its categories are: blink; name"),
-        (gzip.compress(b"{}")[:10] + b"\xff" * 40, "cannot read the trace"),
+        (gzip.compress(b"{}", mtime=0)[:10] + b"\xff" * 40, "cannot read the trace"),
     ],
 )
 def test_what_is_no_trace_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
@@ -122,7 +122,7 @@ def test_a_cut_off_file_is_refused_wherever_it_ends(tmp_path: Path, monkeypatch:
         path.write_bytes(text[:end])
         with pytest.raises(UserError, match="ends in the middle, after [0-9]+ events; record it again"):
             read_chrome(path)
-    packed = gzip.compress(text)
+    packed = gzip.compress(text, mtime=0)
     path.write_bytes(packed[: len(packed) // 2])
     with pytest.raises(UserError, match="ends in the middle"):
         read_chrome(path)
