@@ -15,7 +15,7 @@ import pytest
 from vchitect_fast.buckets import Window
 from vchitect_fast.errors import UserError
 from vchitect_fast.manifest import Clip
-from vchitect_fast.schedule import Mixture, Schedule, imbalance
+from vchitect_fast.schedule import Mixture, Schedule
 from vchitect_fast.shapes import VideoShape
 
 CLIP = Clip(Path("a.mp4"), 1.0, 5.0, 100, 640, 272, 25.0, "")
@@ -209,11 +209,3 @@ def test_the_order_of_a_mixture_is_fixed_for_good() -> None:
     assert (
         "".join({SMALL: "s", LARGE: "l", IMAGE: "i"}[mixture.at(step)[0]] for step in range(18)) == "slslssilsslslssils"
     )
-
-
-@pytest.mark.parametrize(
-    ("seconds", "expected"),
-    [([2.0, 2.0, 2.0], 0.0), ([1.0, 1.0, 2.0], 0.5), ([3.0], 0.0), ([], 0.0), ([0.0, 0.0], 0.0)],
-)
-def test_imbalance_by_hand(seconds: list[float], expected: float) -> None:
-    assert imbalance(seconds) == pytest.approx(expected, abs=1e-12)

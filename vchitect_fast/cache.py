@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -40,15 +42,9 @@ class Cache:
     def get(self, key: str) -> dict[str, Tensor] | None:
         """An entry's tensors, on the CPU; None when it is absent or damaged."""
         path = self._path(key)
-        try:
+        with _missing_or_damaged(path):
             return load(path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except SafetensorError as error:
-            log.warning("the cache file %s is damaged (%s) and is written again", path, error)
-            return None
-        except OSError as error:
-            raise _unreadable(path, error) from None
+        return None
 
     def put(self, key: str, tensors: dict[str, Tensor]) -> None:
         """Write an entry."""
@@ -98,20 +94,12 @@ class Cache:
 
     def _slice(self, path: Path, size: list[int], frames: slice) -> Tensor | None:
         """Some of the first dimension of a file's frames, read alone, where they are all of `size`."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                if FRAMES not in file.keys():
-                    return None
+        found: Tensor | None = None
+        with _missing_or_damaged(path), safe_open(path, framework="pt") as file:
+            if FRAMES in file.keys():
                 tensor = file.get_slice(FRAMES)
-                found: Tensor | None = tensor[frames] if list(tensor.get_shape()) == size else None
-                return found
-        except FileNotFoundError:
-            return None
-        except SafetensorError as error:
-            log.warning("the cache file %s is damaged (%s) and is written again", path, error)
-            return None
-        except OSError as error:
-            raise _unreadable(path, error) from None
+                found = tensor[frames] if list(tensor.get_shape()) == size else None
+        return found
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
         try:
@@ -121,6 +109,19 @@ class Cache:
             raise UserError(
                 f"cannot write the cache file {path} ({error}); free disk space or choose another cache folder."
             ) from None
+
+
+@contextmanager
+def _missing_or_damaged(path: Path) -> Iterator[None]:
+    """Leaves the block where the file is absent, or damaged, which is said; UserError where it cannot be read."""
+    try:
+        yield
+    except FileNotFoundError:
+        return
+    except SafetensorError as error:
+        log.warning("the cache file %s is damaged (%s) and is written again", path, error)
+    except OSError as error:
+        raise _unreadable(path, error) from None
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:

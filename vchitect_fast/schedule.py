@@ -161,15 +161,6 @@ class Mixture:
         return cycles * self._length + int(self._steps[shape][position])
 
 
-def imbalance(seconds: Sequence[float]) -> float:
-    """How much longer the slowest rank takes than the mean, as a share: max / mean - 1; 0 where nothing was measured.
-
-    Of one step's predicted times by rank, or of its measured ones.
-    """
-    mean = math.fsum(seconds) / len(seconds) if seconds else 0.0
-    return max(seconds) / mean - 1 if mean else 0.0
-
-
 def _whole_weights(weights: Mapping[VideoShape, float]) -> dict[VideoShape, int]:
     """The weights above 0 as whole numbers without a common divisor."""
     for shape, weight in weights.items():
