@@ -253,7 +253,8 @@ def _encode(span: Span, packets: Packets, seek: bool, out: Path, encoder: Encode
             "-err_detect", "explode", "-threads", str(threads), "-copyts", *begin, "-i", _url(span.path),
             "-map", "0:v:0", "-an", "-sn", "-dn", "-map_metadata", "-1", "-map_chapters", "-1", "-vf", ",".join(filters),
             "-fps_mode", "passthrough", "-enc_time_base", f"{packets.base.numerator}:{packets.base.denominator}",
-            *encoder.options(width, height, span.fps), "-threads", str(threads), "-metadata", f"comment={comment}",
+            # One thread: x264's bits depend on their number, and a clip must not depend on the machine that cuts it.
+            *encoder.options(width, height, span.fps), "-threads", "1", "-metadata", f"comment={comment}",
             "-movflags", "+faststart", "-f", "mp4", str(out.absolute()),
         ],
         timeout_s=300 + 60 * (span.end - span.start),
