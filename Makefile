@@ -69,7 +69,7 @@ lint: mypy
 # The floor holds for vchitect_fast itself; the report shows all packages.
 test: ctest lint
 	@echo "== Python tests"
-	@$(BIN)/pytest -q -n 2 --dist loadgroup --no-loadscope-reorder --durations=10 $(FOLDERS:%=--cov=%) --cov-report= tests
+	@$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10 $(FOLDERS:%=--cov=%) --cov-report= tests
 	@$(BIN)/coverage report --skip-covered
 	@$(BIN)/coverage report --include='vchitect_fast/*' --fail-under=85 --format=total > build/line-rate.txt || \
 	  { echo "line coverage of vchitect_fast is $$(cat build/line-rate.txt) %, expected at least 85 %." >&2; exit 1; }

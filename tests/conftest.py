@@ -30,12 +30,8 @@ def _no_gpu() -> str:
 LONG = ("test_quickstart.py", "test_thousand_steps.py")  # begun first, so that no process ends long after the other
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.pluginmanager.hasplugin("xdist"):  # a file stays in one process, and the gloo ranks are started by one
-        items.sort(key=lambda item: item.path.name not in LONG)
-        for item in items:
-            in_ranks = "parallel" in item.path.parts
-            item.add_marker(pytest.mark.xdist_group("ranks" if in_ranks else str(item.path)))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     reason = _no_gpu() if marked else ""
     for item in marked if reason else []:
