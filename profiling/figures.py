@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from vchitect_fast.page import text
 from vchitect_fast.profiling.facts import ATTENTION, COLLECTIVE, COPY, ELEMENTWISE, GEMM, IDLE, OTHER, OpTime, Roof
 from vchitect_fast.profiling.memory import OWNERS, MemoryAnalysis
-from vchitect_fast.profiling.page import text
 
 WIDTH, HEIGHT = 440, 230
 LEFT, RIGHT, TOP, BOTTOM = 58.0, 10.0, 12.0, 34.0

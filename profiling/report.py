@@ -15,11 +15,11 @@ from pathlib import Path
 from statistics import median
 
 from vchitect_fast.files import write_text
+from vchitect_fast.page import cards, figure, foreign, lanes, legend, named, page, table, text, track
 from vchitect_fast.profiling.facts import CLASSES, IDLE, Analysis, OpTime, RankAnalysis, StepAnalysis
 from vchitect_fast.profiling.figures import CLASS_COLOURS, OWNER_COLOURS, memory_over_time, roofline
 from vchitect_fast.profiling.kinds import KINDS
 from vchitect_fast.profiling.memory import OWNERS, MemoryAnalysis
-from vchitect_fast.profiling.page import cards, figure, foreign, lanes, legend, named, page, table, text, track
 from vchitect_fast.profiling.timeline import FOREIGN, keys, timeline
 from vchitect_fast.profiling.trace import Trace
 from vchitect_fast.profiling.work import find_work

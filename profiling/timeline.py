@@ -12,11 +12,11 @@ from itertools import pairwise
 
 import numpy as np
 
+from vchitect_fast.page import Bar
 from vchitect_fast.profiling.facts import CLASSES, STREAMS
 from vchitect_fast.profiling.figures import CLASS_COLOURS
 from vchitect_fast.profiling.kinds import KINDS, kind_of
 from vchitect_fast.profiling.overlap import merge
-from vchitect_fast.profiling.page import Bar
 from vchitect_fast.profiling.trace import Trace
 from vchitect_fast.profiling.work import Work
 

@@ -15,10 +15,10 @@ import pytest
 from browser import browse, needs_chromium
 from made_up_analysis import STEP_US, made_up_analysis, made_up_memory, made_up_rank, made_up_trace
 
+from vchitect_fast.page import MAX_TEXT, POLICY, Bar, lane, text
 from vchitect_fast.profiling.facts import Analysis
 from vchitect_fast.profiling.figures import CLASS_COLOURS, memory_over_time, roofline
 from vchitect_fast.profiling.kinds import KINDS
-from vchitect_fast.profiling.page import MAX_TEXT, POLICY, Bar, lane, text
 from vchitect_fast.profiling.report import middle_step, span_rows, write_report
 from vchitect_fast.profiling.timeline import timeline
 from vchitect_fast.profiling.trace import Columns, Kind, Lane

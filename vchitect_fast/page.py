@@ -1,4 +1,4 @@
-"""The HTML of a profile's page: style, frame, escaping, tables, bars, lanes. It knows nothing of traces.
+"""The HTML of our pages: style, frame, escaping, tables, bars, lanes. It knows nothing of traces or Plans.
 
 A page is one file: no script, no network (its content policy forbids both), readable from 400 pixels of width on, in light
 and dark. Every text from outside goes through `text`, which leaves it no markup, no control and no direction characters.
