@@ -16,6 +16,7 @@ from vchitect_fast.shapes import VideoShape
 from vchitect_fast.workload import Workload
 
 ONE_RANK = Group(1, 1)
+NOT_CUT = ShardSpec()
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Layout:
     dp_replicate: int = 1
     dp_shard: int = 1
     sp: int = 1
-    shard: ShardSpec = ShardSpec()
+    shard: ShardSpec = NOT_CUT
     microbatch: int = 1  # samples a forward
     accumulation: int = 1  # microbatches a step
     num_chunks: int = 1

@@ -17,7 +17,7 @@ workspaces of libraries. Letters as in workload.py. Layer 0 only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from vchitect_fast.cluster import Device
 from vchitect_fast.offload.policy import offload_budget_bytes, step_bytes
@@ -43,21 +43,29 @@ class StepMemory:
     gradients_bytes: int
     saved_bytes: int  # of kept blocks, block inputs of recomputed ones, and the ends
     working_bytes: int
+    exchange_bytes: int = 0  # what is packed to be sent to other ranks, and what arrives
+    in_flight_bytes: int = 0  # offloaded, and not gone yet, or back before use
 
     @property
     def peak_bytes(self) -> int:
         """The sum."""
-        return self.process_bytes + self.states_bytes + self.gradients_bytes + self.saved_bytes + self.working_bytes
+        return sum(asdict(self).values())
 
     def parts_gib(self) -> dict[str, float]:
         """By name, in GiB."""
-        return {
-            "process": self.process_bytes / GIB,
-            "states": self.states_bytes / GIB,
-            "gradients": self.gradients_bytes / GIB,
-            "saved": self.saved_bytes / GIB,
-            "working": self.working_bytes / GIB,
-        }
+        return {name.removesuffix("_bytes"): value / GIB for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A point of the step that may be the fullest."""
+
+    phase: str  # "end of forward" | "text MLP" | "visual MLP" | "attention": of a block's backward
+    block: int | None
+    memory: StepMemory
+
+    def __str__(self) -> str:
+        return self.phase if self.block is None else f"backward of block {self.block}, {self.phase}"
 
 
 def states_bytes(work: Workload, dtype: str, *, ema: bool = True, num_shards: int = 1) -> int:
@@ -94,50 +102,71 @@ def step_memory(
     work: Workload, device: Device, dtype: str, *, num_recomputed: int, accumulation: int, ema: bool = True,
     policy: Sequence[Policy] | None = None, num_shards: int = 1,
 ) -> StepMemory:  # fmt: skip
-    """The fullest moment of one step; arguments as in cost.step_cost. `policy`, one a block, replaces `num_recomputed`.
-
-    Of parameters in shards, gradients are whole while microbatches add to them, else whole for one block.
-    """
+    """The fullest moment of one step; arguments as in cost.step_cost. `policy`, one a block, replaces `num_recomputed`."""
     element_bytes = DTYPE_BYTES[dtype]
-    statistics_bytes = 4 if device.kind == "cuda" else element_bytes
-    layers, d = work.config.num_layers, work.config.hidden_dim
-    full = [
-        work.saved_bytes_per_block(element_bytes, last=index == layers - 1, statistics_bytes=statistics_bytes)
-        for index in range(layers)
-    ]
-    held = [work.block_input_bytes(element_bytes) if index < num_recomputed else full[index] for index in range(layers)]
+    layers = work.config.num_layers
+    whole = whole_bytes(work, device, dtype)
+    held = [work.block_input_bytes(element_bytes) if i < num_recomputed else whole[i] for i in range(layers)]
     pool = 0
     if policy is not None:
         held = [0] * layers
         for item in step_bytes(work, policy, dtype, device_kind=device.kind):
             held[item.block] += item.num_bytes if item.action == KEEP else 0
         pool = offload_budget_bytes(work, policy, dtype) if device.kind == "cpu" else 0
-    before_blocks = ends_bytes(work, element_bytes) + pool
+    found = moments(
+        work, device, dtype, held, whole, accumulation=accumulation, ema=ema, num_shards=num_shards, pool_bytes=pool
+    )
+    return max((moment.memory for moment in found), key=lambda item: item.peak_bytes)
+
+
+def whole_bytes(work: Workload, device: Device, dtype: str) -> list[int]:
+    """What plain autograd saves of each block."""
+    size, layers = DTYPE_BYTES[dtype], work.config.num_layers
+    statistics = 4 if device.kind == "cuda" else size
+    return [
+        work.saved_bytes_per_block(size, last=index == layers - 1, statistics_bytes=statistics)
+        for index in range(layers)
+    ]
+
+
+def moments(
+    work: Workload, device: Device, dtype: str, held: Sequence[int], whole: Sequence[int], *, accumulation: int,
+    ema: bool = True, num_shards: int = 1, pool_bytes: int = 0, exchange_bytes: int = 0,
+) -> list[Moment]:  # fmt: skip
+    """The moments that compete, in order of time: the end of forward, then three of each block's backward, last block first.
+
+    held   bytes that each block keeps on the device between forward and backward
+    whole  bytes that are there in its backward, what it makes again or fetches included
+    Of parameters in shards, gradients are whole while microbatches add to them, else whole for one block.
+    """
+    element_bytes = DTYPE_BYTES[dtype]
+    layers, d = work.config.num_layers, work.config.hidden_dim
     every_gradient = 4 * work.config.num_parameters()
     whole_block = 4 * block_parameters(work) if num_shards > 1 else 0
     visual, text, joint = (element_bytes * d * rows for rows in (work.visual_rows, work.text_rows, work.rows))
+    process = 0 if device.kind == "cuda" else device.process_bytes or 0
+    states = states_bytes(work, dtype, ema=ema, num_shards=num_shards)
 
-    def moment(gradients_bytes: int, saved_bytes: int, working_bytes: int) -> StepMemory:
-        return StepMemory(
-            process_bytes=0 if device.kind == "cuda" else device.process_bytes or 0,
-            states_bytes=states_bytes(work, dtype, ema=ema, num_shards=num_shards),
-            gradients_bytes=every_gradient if accumulation > 1 else gradients_bytes // num_shards + whole_block,
-            saved_bytes=saved_bytes,
-            working_bytes=working_bytes,
-        )
+    def moment(phase: str, block: int | None, gradients_bytes: int, saved_bytes: int, working_bytes: int) -> Moment:
+        gradients = every_gradient if accumulation > 1 else gradients_bytes // num_shards + whole_block
+        return Moment(phase, block, StepMemory(process, states, gradients, saved_bytes, working_bytes, exchange_bytes))
 
-    moments = [moment(0, sum(held) + before_blocks, 0)]  # the pool is there all the time, the ends only now
+    ends = ends_bytes(work, element_bytes)  # there until the first block's backward begins; the pool all the time
+    found = [moment("end of forward", None, 0, sum(held) + ends + pool_bytes, 0)]
     done = 0  # gradients of the blocks already passed
+    before = sum(held) + pool_bytes
     for index in reversed(range(layers)):
         last = index == layers - 1
         own, mlp = 4 * block_parameters(work, last=last), 0 if last else 4 * 8 * d * d
-        earlier, again = sum(held[:index]) + pool, full[index] - held[index]
+        before -= held[index]
+        again = whole[index] - held[index]
         if not last:
-            moments.append(moment(done, earlier + held[index], again + MLP_WORKING * text + STREAM_WORKING * joint))
+            working = again + MLP_WORKING * text + STREAM_WORKING * joint
+            found.append(moment("text MLP", index, done, before + held[index], working))
         freed = 0 if last else MLP_SAVED * text
-        moments.append(
-            moment(done + mlp, earlier + held[index], again - freed + MLP_WORKING * visual + STREAM_WORKING * joint)
-        )
-        moments.append(moment(done + own, earlier + work.block_input_bytes(element_bytes), BLOCK_END_WORKING * joint))
+        working = again - freed + MLP_WORKING * visual + STREAM_WORKING * joint
+        found.append(moment("visual MLP", index, done + mlp, before + held[index], working))
+        rest = before + work.block_input_bytes(element_bytes)
+        found.append(moment("attention", index, done + own, rest, BLOCK_END_WORKING * joint))
         done += own
-    return max(moments, key=lambda item: item.peak_bytes)
+    return found
