@@ -26,14 +26,14 @@ PREDICTED = Prediction(
 # No field at its default, so that a field that is not written or not read shows.
 ENTRY = PlanEntry(
     shape="8x96x64", policy=(Policy.keep(), Policy.recompute(), Policy(qkv="offload")), microbatch=3, accumulation=2,
-    predicted=PREDICTED, shard=ShardSpec("tokens", spatial="heads"), offload_bytes=12345, num_chunks=4,
-    vae_mini_batch=5, attention={"spatial": "math", "temporal": "sdpa", "cross": "math"},
+    predicted=PREDICTED, shard=ShardSpec("tokens", spatial="heads"), offload_bytes=12345, prefetch_depth=3,
+    num_chunks=4, vae_mini_batch=5, attention={"spatial": "math", "temporal": "sdpa", "cross": "math"},
     runners_up=({"choice": "keep all", "step_s": 1.5, "peak_gib": 3.0, "why": "0.5 GiB too large"},),
 )  # fmt: skip
 PLAN = Plan(
     model="0123456789ab", device="ba9876543210", device_name="made-up CPU", compute_dtype="bfloat16", num_text_tokens=77,
     entries=(ENTRY, replace(ENTRY, shape="1x128x128")), peak_flops=1.5e11, mesh={"dp_replicate": 2, "dp_shard": 4, "sp": 8},
-    fsdp_group="node", device_threads=2, device_gib=16,
+    fsdp_group="node", parked=("average", "optimizer"), device_threads=2, device_gib=16,
 )  # fmt: skip
 
 
@@ -47,6 +47,17 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
     PLAN.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == PLAN
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_plan_from_before_there_was_parking_or_a_depth_is_read(tmp_path: Path) -> None:
+    PLAN.save(tmp_path / "plan.json")
+
+    def age(plan: dict[str, Any]) -> None:
+        del plan["parked"], plan["entries"][0]["prefetch_depth"], plan["entries"][1]["prefetch_depth"]
+
+    edit(tmp_path / "plan.json", age)
+    entries = tuple(replace(entry, prefetch_depth=1) for entry in PLAN.entries)
+    assert Plan.load(tmp_path / "plan.json") == replace(PLAN, parked=(), entries=entries)
 
 
 def test_the_digest_follows_every_input_and_nothing_else() -> None:
@@ -99,6 +110,13 @@ def test_edited_inputs_are_refused(tmp_path: Path, change: Callable[[dict[str, A
         ),
         (lambda plan: plan["entries"][0].update(accumulation=1.5), "accumulation of .* got 1.5"),
         (lambda plan: plan["entries"][0].update(num_chunks=-1), "num_chunks of .* got -1"),
+        (lambda plan: plan["entries"][0].update(prefetch_depth=0), "prefetch_depth of .* got 0"),
+        (lambda plan: plan.update(parked=["averages"]), "unknown parked state of a Plan 'averages'; .*'average'"),
+        (
+            lambda plan: plan.update(parked=["average", "average"]),
+            "each parked state of a Plan once, got average, average",
+        ),
+        (lambda plan: plan.update(parked="average"), "is not a Plan .*parked must be a list of names, got 'average'"),
         (
             lambda plan: plan["entries"][1].update(vae_mini_batch=True),
             "vae_mini_batch of the Plan's 1x128x128 .* got True",

@@ -22,6 +22,7 @@ SCHEMA_VERSION = 1
 KEEP, RECOMPUTE, OFFLOAD = "keep", "recompute", "offload"
 ACTIONS = (KEEP, RECOMPUTE, OFFLOAD)
 BRANCHES = ("spatial", "temporal", "cross")
+PARKABLE = ("optimizer", "average")  # AdamW's moments, the EMA
 
 
 @dataclass(frozen=True)
@@ -136,13 +137,14 @@ class PlanEntry:
     predicted: Prediction
     shard: ShardSpec = ShardSpec()
     offload_bytes: int = 0
+    prefetch_depth: int = 1  # blocks of which anything is offloaded, fetched ahead of use in backward
     num_chunks: int = 1
     vae_mini_batch: int = 8  # frames encoded at once
     attention: dict[str, str] = field(default_factory=lambda: {"spatial": "sdpa", "temporal": "sdpa", "cross": "sdpa"})
     runners_up: tuple[dict[str, Any], ...] = ()  # {choice, step_s, peak_gib, why}
 
     def __post_init__(self) -> None:
-        for name in ("microbatch", "accumulation", "num_chunks", "vae_mini_batch"):
+        for name in ("microbatch", "accumulation", "prefetch_depth", "num_chunks", "vae_mini_batch"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UserError(
@@ -168,7 +170,7 @@ class PlanEntry:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every decision of a run or of one stage of a recipe."""
+    """Every decision of a run or of one stage of a recipe. Raises UserError for states that cannot be parked."""
 
     model: str  # TransformerConfig.fingerprint()
     device: str  # Device.fingerprint()
@@ -179,8 +181,18 @@ class Plan:
     peak_flops: float | None = None  # measured matmul FLOP/s in compute_dtype, the denominator of MFU
     mesh: dict[str, int] = field(default_factory=lambda: {"dp_replicate": 1, "dp_shard": 1, "sp": 1})
     fsdp_group: str = "none"  # none | node | global
+    parked: tuple[str, ...] = ()  # of PARKABLE: states that lie in host memory between their uses (offload/states.py)
     device_threads: int | None = None  # with the name all that Device.fingerprint() is made of, so that `check` can
     device_gib: int | None = None  # say what differs
+
+    def __post_init__(self) -> None:
+        for name in self.parked:
+            if name not in PARKABLE:
+                raise unknown_name("parked state of a Plan", str(name), PARKABLE)
+        if len(set(self.parked)) < len(self.parked):
+            raise UserError(
+                f"expected each parked state of a Plan once, got {', '.join(self.parked)}; plan it again with `vchitect-fast autotune`."
+            )
 
     def digest(self) -> str:
         """Hash of the inputs: model, device, dtype, text tokens, shapes."""
@@ -256,6 +268,7 @@ class Plan:
         stored = content.pop("hash", None)
         try:
             content["entries"] = tuple(_entry(values) for values in content["entries"])
+            content["parked"] = _names(content.get("parked", []))
             plan = cls(**content)
         except (KeyError, TypeError) as error:
             raise UserError(
@@ -283,6 +296,12 @@ def check_place(path: str | Path) -> None:
         content = None
     if not isinstance(content, dict) or not {"schema_version", "hash", "entries"} <= content.keys():
         raise UserError(f"{path} is there and is not a Plan, it is left as it was; choose another --out or remove it.")
+
+
+def _names(values: object) -> tuple[str, ...]:
+    if not isinstance(values, list):
+        raise TypeError(f"parked must be a list of names, got {values!r}")
+    return tuple(values)
 
 
 def _entry(values: dict[str, Any]) -> PlanEntry:

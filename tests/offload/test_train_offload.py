@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from offloading import NANO
+from offloading import NANO, TEXT_TOKENS, loss_of, make_inputs, make_model, work_of
 
 from vchitect_fast import checkpoint
 from vchitect_fast.cli import main
@@ -19,8 +20,11 @@ from vchitect_fast.config import TrainConfig
 from vchitect_fast.machine import this_device
 from vchitect_fast.manifest import Clip, write_manifest
 from vchitect_fast.metrics import read_log
+from vchitect_fast.parallel.apply import obey
+from vchitect_fast.parallel.mesh import ALONE
 from vchitect_fast.plan import Plan, PlanEntry, Policy, Prediction
 from vchitect_fast.quickstart import example_folder
+from vchitect_fast.train import build_saving
 
 pytest.importorskip("vchitect_fast._C", reason="built with VCHITECT_FAST_EXT=0")
 PREDICTED = Prediction(1.0, {}, 1.0, {}, "made up for a test")
@@ -64,6 +68,26 @@ def test_a_plan_that_offloads_trains_to_the_same_weights(run_file: Path, policy:
         ends.append(checkpoint.load_prefix(checkpoint.latest(folder / name), ""))
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_each_shape_fetches_as_far_ahead_as_its_entry_says() -> None:
+    """When backward first asks for moved bytes, those of so many blocks more are on their way."""
+    config = replace(NANO, num_layers=5)
+    model, inputs = make_model(config=config), make_inputs(work_of(config=config))
+    policies = (Policy(block_input="offload"),) * config.num_layers
+    entries = [PlanEntry("4x32x32", policies, 2, 1, PREDICTED, prefetch_depth=depth) for depth in (1, 3)]
+    plan = Plan(config.fingerprint(), "", "", "float32", TEXT_TOKENS, tuple(entries))
+    saving = model.saving = build_saving(plan, config, torch.device("cpu"))
+    assert saving.engine is not None
+    fetch, restore, order = saving.engine.fetch, saving.engine.restore, list[str]()
+    saving.engine.fetch = lambda entry: order.append(entry.label) or fetch(entry)
+    saving.engine.restore = lambda handle: order.append("restore") or restore(handle)
+    for entry in entries:
+        order.clear()
+        obey(model, entry, ALONE)
+        loss_of(model, inputs).backward()
+        ahead = {label.split()[-1] for label in order[: order.index("restore")]}
+        assert ahead == {str(3 - back) for back in range(1 + entry.prefetch_depth)}  # block 4 is the last and stays
 
 
 def test_a_plan_in_chunks_trains_to_nearly_the_same_loss(run_file: Path) -> None:

@@ -52,9 +52,10 @@ def parallelize(model: VchitectTransformer, plan: Plan, mesh: Mesh) -> None:
 
 
 def obey(model: VchitectTransformer, entry: PlanEntry, mesh: Mesh) -> None:
-    """Set the model to one entry: its cut of the sequence, its Policies, chunks and attention backends."""
+    """Set the model to one entry: its cut of the sequence, its Policies, prefetch depth, chunks and attention backends."""
     model.set_shard(entry.shard, mesh.sp_group, entry.video_shape.num_frames)
     model.set_policy(entry.policy)
+    model.saving.depth = entry.prefetch_depth
     model.set_chunks(entry.num_chunks)
     model.attention_backend = entry.attention
 
