@@ -9,19 +9,17 @@
     recompute = one more forward of every block whose policy says so
     optimizer = fused AdamW over all parameters + bytes moved by clipping, EMA and the copy to the compute dtype / bandwidth
 
-A rate is interpolated between the probe's timings in log size. Of several ranks, the fullest counts; its optimizer has the
+Rates are those of rates.py, measured or declared. Of several ranks, the fullest counts; its optimizer has the
 parameters of its shard. Not included: what ranks exchange, reading data, encoding video and text, logging, validation,
 saving. J = S + N joint tokens; the other letters as in workload.py. Layer 0 only.
 """
 
 from __future__ import annotations
 
-import bisect
-import math
 from dataclasses import dataclass
 
-from vchitect_fast.cluster import Device, Timing
-from vchitect_fast.errors import UserError
+from vchitect_fast.autotune.rates import DeclaredRates, Rates, Seconds, rates_of
+from vchitect_fast.cluster import Device
 from vchitect_fast.workload import Workload
 
 
@@ -50,20 +48,6 @@ COPY_BYTES = 4 + 2  # reads the master, writes bfloat16
 
 
 @dataclass(frozen=True)
-class Seconds:
-    """Time of something, forward and backward."""
-
-    forward_s: float
-    backward_s: float
-
-    def __add__(self, other: Seconds) -> Seconds:
-        return Seconds(self.forward_s + other.forward_s, self.backward_s + other.backward_s)
-
-    def __mul__(self, times: float) -> Seconds:
-        return Seconds(times * self.forward_s, times * self.backward_s)
-
-
-@dataclass(frozen=True)
 class StepCost:
     """Seconds of one step, all microbatches included."""
 
@@ -87,47 +71,7 @@ class StepCost:
         }
 
 
-class Rates:
-    """Seconds of single ops on one device, between the sizes that were measured.
-
-    Raises UserError when the device carries no timings.
-    """
-
-    def __init__(self, device: Device) -> None:
-        if not device.timings or device.op_overhead_s is None or not device.memory_bytes_per_s:
-            raise UserError(
-                f"the cluster file has no timings of {device.name}; run `vchitect-fast autotune probe` on that machine."
-            )
-        self.device, self.memory_bytes_per_s = device, device.memory_bytes_per_s
-        self._grids: dict[tuple[str, str], _Grid] = {}
-        for op, dtype in {(timing.op, timing.dtype) for timing in device.timings}:
-            self._grids[op, dtype] = _Grid([t for t in device.timings if (t.op, t.dtype) == (op, dtype)])
-
-    def linear(self, dtype: str, rows: int, fan_in: int, fan_out: int) -> Seconds:
-        """[rows, fan_in] -> [rows, fan_out] with bias; sized by the geometric mean of the widths."""
-        return self._of("linear", dtype, (rows, math.sqrt(fan_in * fan_out)))
-
-    def attention(self, dtype: str, rows: int, width: int, length: int) -> Seconds:
-        """`rows` queries of `width` = heads x head dim, each over `length` keys."""
-        return self._of("attention", dtype, (rows * width, length))
-
-    def elementwise(self, op: str, dtype: str, elements: int) -> Seconds:
-        """One pass of multiply, gelu, layer_norm or rotate, or one adamw update."""
-        return self._of(op, dtype, (elements,))
-
-    def of_timing(self, timing: Timing) -> Seconds:
-        """What these rates say about a measured point."""
-        return self._of(timing.op, timing.dtype, _coordinates(timing))
-
-    def _of(self, op: str, dtype: str, at: tuple[float, ...]) -> Seconds:
-        if (op, dtype) not in self._grids:
-            raise UserError(
-                f"the cluster file has no timings of {op} in {dtype}; run `vchitect-fast autotune probe` again."
-            )
-        return self._grids[op, dtype].seconds(at)
-
-
-def block_seconds(work: Workload, rates: Rates, dtype: str, *, last: bool = False) -> Seconds:
+def block_seconds(work: Workload, rates: Rates | DeclaredRates, dtype: str, *, last: bool = False) -> Seconds:
     """Forward and backward of one block of the reference path, one microbatch."""
     d, shape = work.config.hidden_dim, work.shape
     visual, text, joint = work.visual_rows, work.text_rows, work.rows  # of this rank, over sequences of all
@@ -166,7 +110,7 @@ def block_seconds(work: Workload, rates: Rates, dtype: str, *, last: bool = Fals
     return kernels + host
 
 
-def ends_seconds(work: Workload, rates: Rates, dtype: str) -> Seconds:
+def ends_seconds(work: Workload, rates: Rates | DeclaredRates, dtype: str) -> Seconds:
     """What surrounds the blocks: patch and text embedding, timestep, output norm and projection."""
     config, d = work.config, work.config.hidden_dim
     patch = config.patch_size**2 * config.in_channels
@@ -179,7 +123,9 @@ def ends_seconds(work: Workload, rates: Rates, dtype: str) -> Seconds:
     return total + rates.elementwise("layer_norm", dtype, work.visual_rows * d) + Seconds(4 * one, 7 * one)
 
 
-def optimizer_seconds(work: Workload, rates: Rates, dtype: str, *, ema: bool, num_shards: int = 1) -> float:
+def optimizer_seconds(
+    work: Workload, rates: Rates | DeclaredRates, dtype: str, *, ema: bool, num_shards: int = 1
+) -> float:
     """AdamW over fp32 masters, norm and clipping; the copy to the compute dtype and the EMA where there is one."""
     number = -(-work.config.num_parameters() // num_shards)
     moved = CLIP_BYTES + (EMA_BYTES if ema else 0) + (COPY_BYTES if dtype != "float32" else 0)
@@ -198,7 +144,7 @@ def step_cost(
     accumulation    microbatches a step
     num_shards      ranks that share the parameters
     """
-    rates = Rates(device)
+    rates = rates_of(device)
     layers = work.config.num_layers
     middle = block_seconds(work, rates, dtype)
     last = block_seconds(work, rates, dtype, last=True)
@@ -213,54 +159,3 @@ def step_cost(
         recompute_s=accumulation * again,
         optimizer_s=optimizer_seconds(work, rates, dtype, ema=ema, num_shards=num_shards),
     )
-
-
-def _coordinates(timing: Timing) -> tuple[float, ...]:
-    if timing.op == "linear":
-        return (timing.rows, timing.width)
-    if timing.op == "attention":
-        return (timing.rows * timing.width, timing.length)
-    return (timing.rows * timing.width,)
-
-
-class _Grid:
-    """Timings of one op on a complete grid; seconds are interpolated linearly between logarithms, axis by axis.
-
-    Beyond the largest size the rate stays that of the largest; below the smallest the time stays that of the smallest.
-    """
-
-    def __init__(self, timings: list[Timing]) -> None:
-        self.exponents = {"linear": (1, 2), "attention": (1, 1)}.get(timings[0].op, (1,))
-        self.points = {_coordinates(timing): timing for timing in timings}
-        self.axes = [sorted({at[axis] for at in self.points}) for axis in range(len(self.exponents))]
-        if len(self.points) != math.prod(len(axis) for axis in self.axes):
-            raise UserError(
-                f"the timings of {timings[0].op} do not form a grid; run `vchitect-fast autotune probe` again."
-            )
-
-    def seconds(self, at: tuple[float, ...]) -> Seconds:
-        above = 1.0  # work beyond the largest size, at the largest size's rate
-        inside = []
-        for value, axis, exponent in zip(at, self.axes, self.exponents, strict=True):
-            inside.append(min(max(value, axis[0]), axis[-1]))
-            above *= max(1.0, value / axis[-1]) ** exponent
-        return self._between((), inside) * above
-
-    def _between(self, fixed: tuple[float, ...], rest: list[float]) -> Seconds:
-        if not rest:
-            point = self.points[fixed]
-            return Seconds(point.forward_s, point.backward_s or 0.0)
-        axis, value = self.axes[len(fixed)], rest[0]
-        high = min(bisect.bisect_left(axis, value), len(axis) - 1)
-        low = max(0, high - 1) if axis[high] != value else high
-        if low == high:
-            return self._between((*fixed, axis[low]), rest[1:])
-        weight = math.log(value / axis[low]) / math.log(axis[high] / axis[low])
-        below, beyond = self._between((*fixed, axis[low]), rest[1:]), self._between((*fixed, axis[high]), rest[1:])
-        return Seconds(
-            _mix(below.forward_s, beyond.forward_s, weight), _mix(below.backward_s, beyond.backward_s, weight)
-        )
-
-
-def _mix(a: float, b: float, weight: float) -> float:
-    return math.exp((1 - weight) * math.log(a) + weight * math.log(b)) if a > 0 and b > 0 else 0.0

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vchitect_fast.architecture import preset
 from vchitect_fast.attention import rotary_tables, rotate
-from vchitect_fast.autotune.cost import Rates
+from vchitect_fast.autotune.rates import Rates
 from vchitect_fast.cluster import Cluster, Device, Timing
 from vchitect_fast.machine import host_memory_bytes, resident_bytes, this_device
 from vchitect_fast.model import VchitectTransformer

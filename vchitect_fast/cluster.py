@@ -6,16 +6,19 @@ Declared facts come from a data sheet (`source` names it), measured ones from `v
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vchitect_fast.errors import UserError
+from vchitect_fast.errors import UserError, unknown_name
 from vchitect_fast.files import write_text
 
 SCHEMA_VERSION = 1
+LINKS = ("device_to_host", "host_to_device", "intra_node", "inter_node", "disk")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,26 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class AttentionPoint:
+    """Declared FLOP/s of attention over `length` keys: 4 rows width length FLOPs forward, 2.5 times as many backward."""
+
+    length: int
+    forward_flops: float
+    backward_flops: float
+    dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True)
+class MatmulPoint:
+    """Declared FLOP/s of [many rows, fan_in] x [fan_in, fan_out]."""
+
+    fan_in: int
+    fan_out: int
+    flops: float
+    dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True)
 class Device:
     """One GPU, or the CPU of one machine."""
 
@@ -59,6 +82,10 @@ class Device:
     timings: tuple[Timing, ...] = ()  # at several sizes, for efficiency that depends on size
     fit_error: float | None = None  # mean relative error of interpolating the timings, at sizes held out of them
     source: str = ""
+    attention_points: tuple[AttentionPoint, ...] = ()  # declared, where there are no timings
+    matmul_points: tuple[MatmulPoint, ...] = ()
+    pressure_fraction: float | None = None  # of memory; above it the allocator gives memory back and takes it again
+    remap_s_per_gib: float | None = None  # what one GiB given back and taken again costs
 
     @property
     def memory_gib(self) -> int:
@@ -73,12 +100,33 @@ class Device:
 
 @dataclass(frozen=True)
 class Link:
-    """A way between two places: GPU to GPU in a node, node to node, host to device."""
+    """A way between two places, as one device sees it.
 
-    name: str
-    bytes_per_s: float  # one way, alone
+    `points` are (bytes, bytes/s) of messages, latency taken off; between them the rate is interpolated in log size. Beyond
+    the largest it is the largest's, below the smallest the smallest's. Without points it is `bytes_per_s` at every size.
+    """
+
+    name: str  # one of LINKS in a Cluster
+    bytes_per_s: float  # of one device, one way, alone, large messages
     latency_s: float
     source: str
+    both_ways_bytes_per_s: float | None = None  # each way, when both run; None: not known
+    together_bytes_per_s: float | None = None  # of each device, when all of a node run; None: not known
+    points: tuple[tuple[int, float], ...] = ()
+
+    def seconds(self, num_bytes: float) -> float:
+        """Of one message, alone: latency + bytes / rate; nothing to send takes no time."""
+        return self.latency_s + num_bytes / self._rate(num_bytes) if num_bytes > 0 else 0.0
+
+    def _rate(self, num_bytes: float) -> float:
+        points = sorted(self.points)
+        if not points:
+            return self.bytes_per_s
+        high = bisect.bisect_left(points, (num_bytes,))
+        (small, slow), (large, fast) = points[max(0, high - 1)], points[min(high, len(points) - 1)]
+        if small == large:
+            return slow
+        return slow * (fast / slow) ** (math.log(num_bytes / small) / math.log(large / small))
 
 
 @dataclass(frozen=True)
@@ -91,6 +139,27 @@ class Cluster:
     num_devices_per_node: int = 1
     host_memory_bytes: int = 0  # of one node
     links: tuple[Link, ...] = ()
+    slowdown: dict[str, float] = field(
+        default_factory=dict
+    )  # compute takes so many times as long while a "copy" | "collective" runs
+    codec_flops: float | None = None  # achieved FLOP/s of the VAE encoder
+
+    @property
+    def num_devices(self) -> int:
+        """Of all nodes."""
+        return self.num_nodes * self.num_devices_per_node
+
+    def link(self, name: str) -> Link:
+        """The link of that name; UserError when the cluster has none, ValueError's kin for a name outside LINKS."""
+        if name not in LINKS:
+            raise unknown_name("link", name, LINKS)
+        for link in self.links:
+            if link.name == name:
+                return link
+        raise UserError(
+            f"the cluster {self.name!r} has no link {name!r}, got {', '.join(link.name for link in self.links) or 'none'}; "
+            "add it to the cluster's file, or measure it with `vchitect-fast autotune probe`."
+        )
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; `from_json` reads it back."""
@@ -108,7 +177,12 @@ class Cluster:
             rest = {k: v for k, v in values.items() if k not in {"schema_version", "device", "links"}}
             device = dict(values["device"])
             device["timings"] = tuple(Timing(**timing) for timing in device.get("timings", ()))
-            return cls(device=Device(**device), links=tuple(Link(**link) for link in values.get("links", ())), **rest)
+            device["attention_points"] = tuple(AttentionPoint(**p) for p in device.get("attention_points", ()))
+            device["matmul_points"] = tuple(MatmulPoint(**p) for p in device.get("matmul_points", ()))
+            links = (
+                {**link, "points": tuple(tuple(p) for p in link.get("points", ()))} for link in values.get("links", ())
+            )
+            return cls(device=Device(**device), links=tuple(Link(**link) for link in links), **rest)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"this is not a cluster file ({error}); run `vchitect-fast autotune probe` again."

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vchitect_fast.architecture import preset
 from vchitect_fast.autotune import cost
-from vchitect_fast.autotune.cost import Rates, block_seconds, step_cost
+from vchitect_fast.autotune.cost import block_seconds, step_cost
+from vchitect_fast.autotune.rates import Rates
 from vchitect_fast.cluster import Timing
 from vchitect_fast.errors import UserError
 from vchitect_fast.model.blocks import Block, Branches
@@ -178,7 +179,7 @@ def test_a_gpu_waits_for_the_slower_of_host_and_device() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"timings": ()}, "no timings of made-up CPU"),
+        ({"timings": ()}, "declares no attention_points of made-up CPU in float32"),
         ({"memory_bytes_per_s": None}, "no timings of made-up CPU"),
         ({"timings": device().timings[1:]}, "do not form a grid"),
         ({"timings": tuple(t for t in device().timings if t.op != "gelu")}, "no timings of gelu in float32"),

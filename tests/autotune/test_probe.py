@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from vchitect_fast.architecture import preset
-from vchitect_fast.autotune.cost import Rates
 from vchitect_fast.autotune.probe import Grid, probe
+from vchitect_fast.autotune.rates import Rates
 from vchitect_fast.autotune.search import plan_run
 from vchitect_fast.cluster import Cluster
 from vchitect_fast.machine import available_memory_bytes, host_memory_bytes, resident_bytes, this_device
