@@ -16,31 +16,13 @@ saving. J = S + N joint tokens; the other letters as in workload.py. Layer 0 onl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from vchitect_fast.autotune.block import block_parts
 from vchitect_fast.autotune.rates import DeclaredRates, Rates, Seconds, rates_of
 from vchitect_fast.cluster import Device
 from vchitect_fast.workload import Workload
 
-
-@dataclass(frozen=True)
-class Passes:
-    """Elementwise passes of one reference block over its rows x D, as counted (tests/autotune/test_cost.py counts again)."""
-
-    visual: int
-    text: int
-    joint: int
-    views: int  # operations that move no data
-
-
-# Products, sums, concatenations, copies and reductions that one block dispatches outside the rotary, each one pass; the
-# backward of a slice is two (zeros, then a copy); bias gradients belong to the linear layers.
-FORWARD_PASSES = Passes(visual=14, text=14, joint=9, views=144)
-BACKWARD_PASSES = Passes(visual=30, text=28, joint=11, views=272)
-# Last block: no text output, so its text rows stop at the branches.
-FORWARD_PASSES_LAST = Passes(visual=14, text=2, joint=9, views=122)
-BACKWARD_PASSES_LAST = Passes(visual=30, text=15, joint=5, views=228)
-FEED_FORWARD = 4  # the MLP is 4 D wide
 # Bytes a parameter that the optimizer moves in place beside AdamW, at the memory's bandwidth.
 CLIP_BYTES = 4 + 8  # norm reads the gradient, clipping reads and writes it
 EMA_BYTES = 12  # reads average and master, writes the average
@@ -49,65 +31,31 @@ COPY_BYTES = 4 + 2  # reads the master, writes bfloat16
 
 @dataclass(frozen=True)
 class StepCost:
-    """Seconds of one step, all microbatches included."""
+    """Seconds of one step, all microbatches included. Compute alone, then what the rest adds to it."""
 
     forward_s: float
     backward_s: float
     recompute_s: float
     optimizer_s: float
+    exchange_s: float = 0.0  # exposed: of sequence parallelism
+    gather_s: float = 0.0  # exposed: parameters gathered, gradients reduced
+    copy_s: float = 0.0  # exposed: to host memory and back
+    encode_s: float = 0.0  # the codec
+    pressure_s: float = 0.0  # the allocator gives memory back and takes it again
 
     @property
     def step_s(self) -> float:
         """The sum."""
-        return self.forward_s + self.backward_s + self.recompute_s + self.optimizer_s
+        return sum(vars(self).values())
 
     def parts(self) -> dict[str, float]:
         """By the names that the training log uses; recomputation happens inside its backward."""
-        return {
-            "forward_s": self.forward_s,
-            "backward_s": self.backward_s,
-            "recompute_s": self.recompute_s,
-            "optimizer_s": self.optimizer_s,
-        }
+        return asdict(self)
 
 
 def block_seconds(work: Workload, rates: Rates | DeclaredRates, dtype: str, *, last: bool = False) -> Seconds:
     """Forward and backward of one block of the reference path, one microbatch."""
-    d, shape = work.config.hidden_dim, work.shape
-    visual, text, joint = work.visual_rows, work.text_rows, work.rows  # of this rank, over sequences of all
-    frames, text_tokens = shape.num_frames, work.num_text_tokens
-    joint_tokens = shape.tokens_per_frame(work.config.patch_size) + text_tokens
-
-    linear = rates.linear(dtype, visual, d, d) * 9 + rates.linear(dtype, text, d, d) * (3 if last else 5)
-    linear += rates.linear(dtype, joint, d, d)  # to_out_context, visual and text rows alike
-    streams = [visual] if last else [visual, text]
-    for rows in streams:
-        linear += rates.linear(dtype, rows, d, FEED_FORWARD * d) * 2
-    linear += rates.linear(dtype, work.batch, d, 6 * d) + rates.linear(dtype, work.batch, d, (2 if last else 6) * d)
-
-    attention = Seconds(0.0, 0.0)
-    for length in (joint_tokens, frames, text_tokens):  # spatial, temporal, cross
-        attention += rates.attention(dtype, joint, d, length)
-
-    plain = Seconds(0.0, 0.0)
-    for rows in streams:
-        plain += rates.elementwise("gelu", dtype, rows * FEED_FORWARD * d)
-    plain += rates.elementwise("layer_norm", dtype, visual * d) * 2 + rates.elementwise(
-        "layer_norm", dtype, text * d
-    ) * (1 if last else 2)
-    plain += rates.elementwise("rotate", dtype, joint * d) * 2  # q and k of the temporal branch
-    ahead, behind = (FORWARD_PASSES_LAST, BACKWARD_PASSES_LAST) if last else (FORWARD_PASSES, BACKWARD_PASSES)
-    one = {rows: rates.elementwise("multiply", dtype, rows * d).forward_s for rows in {visual, text, joint}}
-
-    def swept(passes: Passes) -> float:
-        return passes.visual * one[visual] + passes.text * one[text] + passes.joint * one[joint]
-
-    overhead_s = rates.device.op_overhead_s or 0.0
-    kernels = linear + attention + plain + Seconds(swept(ahead), swept(behind))
-    host = Seconds(ahead.views * overhead_s, behind.views * overhead_s)
-    if rates.device.kind == "cuda":  # the host runs ahead of the device; the slower of the two is the time
-        return Seconds(max(kernels.forward_s, host.forward_s), max(kernels.backward_s, host.backward_s))
-    return kernels + host
+    return block_parts(work, rates, dtype, last=last).sum()
 
 
 def ends_seconds(work: Workload, rates: Rates | DeclaredRates, dtype: str) -> Seconds:
@@ -132,6 +80,12 @@ def optimizer_seconds(
     return rates.elementwise("adamw", "float32", number).forward_s + number * moved / rates.memory_bytes_per_s
 
 
+def accumulation_seconds(work: Workload, rates: Rates | DeclaredRates, dtype: str, accumulation: int) -> float:
+    """Gradients are added to fp32 ones from the second microbatch on; narrower ones are widened first."""
+    moved = 12 * (accumulation - 1) + (6 * accumulation if dtype != "float32" else 0)
+    return moved * work.config.num_parameters() / rates.memory_bytes_per_s
+
+
 def step_cost(
     work: Workload, device: Device, dtype: str, *, num_recomputed: int, accumulation: int, ema: bool = True,
     num_shards: int = 1,
@@ -150,12 +104,9 @@ def step_cost(
     last = block_seconds(work, rates, dtype, last=True)
     passed = middle * (layers - 1) + last + ends_seconds(work, rates, dtype)
     again = middle.forward_s * min(num_recomputed, layers - 1) + (last.forward_s if num_recomputed == layers else 0.0)
-    # Gradients are added to fp32 ones from the second microbatch on; narrower ones are widened first.
-    gathered = 12 * (accumulation - 1) + (6 * accumulation if dtype != "float32" else 0)
-    gathered_s = gathered * work.config.num_parameters() / rates.memory_bytes_per_s
     return StepCost(
         forward_s=accumulation * passed.forward_s,
-        backward_s=accumulation * passed.backward_s + gathered_s,
+        backward_s=accumulation * passed.backward_s + accumulation_seconds(work, rates, dtype, accumulation),
         recompute_s=accumulation * again,
         optimizer_s=optimizer_seconds(work, rates, dtype, ema=ema, num_shards=num_shards),
     )

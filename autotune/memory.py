@@ -49,7 +49,7 @@ class StepMemory:
     @property
     def peak_bytes(self) -> int:
         """The sum."""
-        return sum(asdict(self).values())
+        return sum(vars(self).values())
 
     def parts_gib(self) -> dict[str, float]:
         """By name, in GiB."""

@@ -14,7 +14,7 @@ from made_up_device import BANDWIDTH, FLOPS, device
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vchitect_fast.architecture import preset
-from vchitect_fast.autotune import cost
+from vchitect_fast.autotune import block
 from vchitect_fast.autotune.cost import block_seconds, step_cost
 from vchitect_fast.autotune.rates import Rates
 from vchitect_fast.cluster import Timing
@@ -145,7 +145,9 @@ def passes(last: bool, visual: int, text: int) -> tuple[float, float, int, int]:
 @pytest.mark.parametrize("last", [False, True])
 def test_pass_table_is_what_a_block_dispatches(last: bool) -> None:
     ahead, behind = (
-        (cost.FORWARD_PASSES_LAST, cost.BACKWARD_PASSES_LAST) if last else (cost.FORWARD_PASSES, cost.BACKWARD_PASSES)
+        (block.FORWARD_PASSES_LAST, block.BACKWARD_PASSES_LAST)
+        if last
+        else (block.FORWARD_PASSES, block.BACKWARD_PASSES)
     )
     few, more_visual, more_text = passes(last, 24, 24), passes(last, 72, 24), passes(last, 24, 72)
     for index, table, rotary in ((0, ahead, ROTARY_FORWARD), (1, behind, ROTARY_BACKWARD)):
@@ -171,9 +173,9 @@ def test_rates_are_exact_at_measured_points_and_between_them() -> None:
 
 def test_a_gpu_waits_for_the_slower_of_host_and_device() -> None:
     slow_host = replace(device(), kind="cuda", op_overhead_s=1.0)
-    assert block_seconds(WORK, Rates(slow_host), "float32").forward_s == cost.FORWARD_PASSES.views
+    assert block_seconds(WORK, Rates(slow_host), "float32").forward_s == block.FORWARD_PASSES.views
     fast_host = replace(device(), kind="cuda", op_overhead_s=1e-12)
-    assert block_seconds(WORK, Rates(fast_host), "float32").forward_s < cost.FORWARD_PASSES.views
+    assert block_seconds(WORK, Rates(fast_host), "float32").forward_s < block.FORWARD_PASSES.views
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,68 @@
+"""Way: what one block does between forward and backward, with its price in seconds and bytes on one rank, one microbatch.
+
+A Policy is priced by what backward computes a second time (block.py), what stays on the device, what goes to host memory
+and comes back (offload/policy.py), and what is rebuilt for its own backward. A block that keeps everything is plain
+autograd; any other Policy makes the cheap work and the products behind the saved groups again (docs/design.md, "Activation
+groups"). Layer 0 only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from vchitect_fast.autotune.block import BlockSeconds
+from vchitect_fast.offload.policy import SLOT_BYTES, block_bytes, without_offload
+from vchitect_fast.plan import ACTIONS, KEEP, OFFLOAD, RECOMPUTE, Policy
+from vchitect_fast.workload import Workload
+
+MADE_AGAIN = {  # parts of BlockSeconds that recomputing a group costs
+    "qkv": ("spatial_in", "temporal_in", "cross_in", "text_in"),
+    "branch_out": ("spatial", "temporal", "cross"),
+    "mlp_pre": ("mlp_in",),
+}
+POLICIES = tuple(  # every one that spares something: attention's outputs and their log-sum-exp come from one op
+    Policy(block_input, qkv, branch_out, mlp_pre, branch_out)
+    for block_input, qkv, branch_out, mlp_pre in product((KEEP, OFFLOAD), ACTIONS, ACTIONS, ACTIONS)
+)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One block's choice and its price."""
+
+    policy: Policy
+    again_s: float  # compute that backward does a second time
+    kept_bytes: int  # stay on the device between forward and backward
+    moved_bytes: int  # go to host memory and come back
+    host_bytes: int  # of the pool, whole slots
+    working_bytes: int  # on the device beside what is kept, only while this block is in backward
+
+
+def way(work: Workload, parts: BlockSeconds, policy: Policy, block: int, dtype: str, device_kind: str) -> Way:
+    """The price of one Policy of one block; of the last block offloaded groups are kept, as the runtime does."""
+    whole = sum(item.num_bytes for item in block_bytes(work, Policy.keep(), block, dtype, device_kind=device_kind))
+    if block == work.config.num_layers - 1:
+        policy = without_offload(policy)
+    if policy == Policy.keep():
+        return Way(policy, 0.0, whole, 0, 0, 0)
+    groups = block_bytes(work, policy, block, dtype, device_kind=device_kind)
+    kept = sum(item.num_bytes for item in groups if item.action == KEEP)
+    moved = [size for item in groups if item.action == OFFLOAD for size in item.sizes]
+    again = ["cheap", "out"]
+    for group, names in MADE_AGAIN.items():
+        again += names if getattr(policy, group) == RECOMPUTE else ()
+    slots = sum(-(-size // SLOT_BYTES) * SLOT_BYTES for size in moved)
+    return Way(policy, parts.sum(*again).forward_s, kept, sum(moved), slots, max(0, whole - kept))
+
+
+def ways(work: Workload, parts: BlockSeconds, block: int, dtype: str, device_kind: str) -> list[Way]:
+    """Of every Policy, for one block; the same price twice is listed once."""
+    found = (way(work, parts, policy, block, dtype, device_kind) for policy in POLICIES)
+    return list({item.policy: item for item in found}.values())
+
+
+def host_bytes(chosen: Sequence[Way]) -> int:
+    """The pool that one forward and backward needs."""
+    return sum(item.host_bytes for item in chosen)
