@@ -20,7 +20,7 @@ from vchitect_fast.model import VchitectTransformer
 from vchitect_fast.optimizer import MasterAdamW
 from vchitect_fast.plan import Plan, PlanEntry
 from vchitect_fast.step import Step
-from vchitect_fast.train import build_saving
+from vchitect_fast.train import build_saving, park
 
 
 def verify(plan: Plan, config: TransformerConfig, *, num_steps: int = 5) -> dict[str, dict[str, float]]:
@@ -41,7 +41,7 @@ def verify(plan: Plan, config: TransformerConfig, *, num_steps: int = 5) -> dict
     optimizer.copy_masters()
     ema = EMA(optimizer.masters, run.ema_decay)
     empty = _text(plan, config, 1, device)
-    step_once = Step(run, plan, model, optimizer, ema, empty)
+    step_once = Step(run, plan, model, optimizer, ema, empty, states=park(plan, optimizer, ema, device))
     result = {}
     for entry in plan.entries:
         batch = _noise(plan, entry, config, device)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import torch
 
 from vchitect_fast.config import TrainConfig
 from vchitect_fast.parallel.mesh import make_mesh
+from vchitect_fast.parallel.shard import local_shard
 from vchitect_fast.plan import Plan
+from vchitect_fast.step import Step
 from vchitect_fast.train import train_on
 
 
@@ -16,3 +20,19 @@ def trained(file: str) -> int:
     plan = Plan.load(config.plan)
     mesh = make_mesh(plan.mesh, plan.fsdp_group, torch.device("cpu"))
     return train_on(mesh, config, plan)["step"]
+
+
+def parked(file: str) -> set[tuple[int, int]]:
+    """Train as `trained`; after each forward and backward: bytes of moments and averages in host memory, and on the device."""
+    seen, microbatch = set(), Step._microbatch
+
+    def watched(self: Step, *args):
+        loss = microbatch(self, *args)
+        states = [*self.ema.average.values(), *(t for n, t in self.optimizer.state().items() if n[:5] != "step.")]
+        on_device = sum(local_shard(tensor).untyped_storage().nbytes() for tensor in states)
+        seen.add((sum(self.states.parked_bytes().values()), on_device))
+        return loss
+
+    with patch.object(Step, "_microbatch", watched):
+        trained(file)
+    return seen

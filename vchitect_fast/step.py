@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from vchitect_fast.errors import UserError
 from vchitect_fast.metrics import peak_bytes
 from vchitect_fast.model import VchitectTransformer
 from vchitect_fast.model.flow import draw_sigma, drop_captions, flow_loss
+from vchitect_fast.offload.states import States
 from vchitect_fast.optimizer import MasterAdamW
 from vchitect_fast.parallel.apply import obey
 from vchitect_fast.parallel.mesh import ALONE, Mesh, over_ranks
@@ -43,6 +44,7 @@ class Step:
     ema: EMA
     empty: tuple[Tensor, Tensor]  # text and pooled embeddings of the empty caption
     mesh: Mesh = ALONE
+    states: States = field(default_factory=lambda: States({}))  # "optimizer" and "average", where they are parked
 
     def __call__(self, step: int, batch: Batch) -> dict[str, Any]:
         """Returns the step's log record, of all ranks together; UserError when the loss is not finite."""
@@ -56,7 +58,7 @@ class Step:
             busy_s = batch.data_s + batch.encode_s + sum(clock.seconds.values())
             [total, mean_busy_s], [longest_s] = over_ranks(mesh, [part, busy_s], [busy_s])
         rate = learning_rate(self.config, step)
-        with span("optimizer/step"):
+        with span("optimizer/step"), self.states.here("optimizer"):
             norm = float(self.optimizer.step(rate, self.config.clip_norm)) if math.isfinite(total) else math.nan
         if not math.isfinite(norm):
             clips = ", ".join(str(clip.path) for clip in batch.clips)
@@ -65,7 +67,8 @@ class Step:
                 "lower learning_rate or look at these clips."
             )
         with span("optimizer/average"):
-            self.ema.update(step)
+            with self.states.here("average"):
+                self.ema.update(step)
             clock.lap("optimizer_s")
         seconds = {"data_s": batch.data_s, "encode_s": batch.encode_s, **clock.seconds}
         step_s = sum(seconds.values())

@@ -47,9 +47,11 @@ from vchitect_fast.model.vae import load_codec
 from vchitect_fast.offload.engine import Engine
 from vchitect_fast.offload.hooks import Saving
 from vchitect_fast.offload.policy import offload_budget_bytes
+from vchitect_fast.offload.states import States
 from vchitect_fast.optimizer import MasterAdamW
 from vchitect_fast.parallel.apply import parallelize
 from vchitect_fast.parallel.mesh import Mesh, launched, on_first, over_ranks, read_launch
+from vchitect_fast.parallel.shard import local_shard
 from vchitect_fast.plan import Plan
 from vchitect_fast.profiling.span import span, tell
 from vchitect_fast.recipe import is_recipe
@@ -92,6 +94,7 @@ def train_on(mesh: Mesh, config: TrainConfig, plan: Plan) -> dict[str, Any]:
             carry_over(config, state, tensors, mesh)
         optimizer.copy_masters()
         tell(model=model, optimizer=optimizer, ema=ema)
+        states = park(plan, optimizer, ema, mesh.device)
         pipeline = build_pipeline(config, plan, model, ema, mesh)
         open_data = partial(build_data, config, plan, pipeline, mesh)
         with (
@@ -105,10 +108,10 @@ def train_on(mesh: Mesh, config: TrainConfig, plan: Plan) -> dict[str, Any]:
                 log.write("resumed", done, changed=changed)
                 console.resumed(changed)
             validate = Validation(config, plan, pipeline, open_data, log, mesh) if config.validate_every else None
-            step_once = Step(config, plan, model, optimizer, ema, pipeline.text_encoder.encode([""]), mesh)
+            step_once = Step(config, plan, model, optimizer, ema, pipeline.text_encoder.encode([""]), mesh, states)
 
             def save() -> None:
-                with span("checkpoint/save"):
+                with span("checkpoint/save"), states.here():
                     writer.save(done, tensors, state)
                 folder = run / f"checkpoint-{done:08d}"
                 log.write("checkpoint", done, path=str(folder))
@@ -116,7 +119,8 @@ def train_on(mesh: Mesh, config: TrainConfig, plan: Plan) -> dict[str, Any]:
 
             saved_at = done if done else None
             if validate and not done:
-                console.validated(validate(0))
+                with states.here("average"):
+                    console.validated(validate(0))
             while done < config.steps and not any_rank(mesh, stop.requested):
                 with span("step", done + 1):
                     with span("data/batch"):
@@ -126,10 +130,12 @@ def train_on(mesh: Mesh, config: TrainConfig, plan: Plan) -> dict[str, Any]:
                 log.write("step", done, **record)
                 console.stepped(done, record)
                 if validate and (done == config.steps or done % config.validate_every == 0):
-                    console.validated(validate(done))
+                    with states.here("average"):
+                        console.validated(validate(done))
                 if config.sample_every and done % config.sample_every == 0:
                     stem = run / "samples" / f"step-{done:08d}"
-                    strip = pipeline.write_samples(data.captions(4), plan.entries[0].video_shape, stem, config)
+                    with states.here("average"):
+                        strip = pipeline.write_samples(data.captions(4), plan.entries[0].video_shape, stem, config)
                     log.write("sample", done, path=str(strip))
                 if done == config.steps or (config.save_every and done % config.save_every == 0):
                     save()
@@ -198,6 +204,14 @@ def build_saving(plan: Plan, config: TransformerConfig, device: torch.device) ->
             )
         budget = max(budget, entry.offload_bytes, needed)
     return Saving(Engine(budget, device)) if budget else Saving()
+
+
+@torch.no_grad()  # where to_local gives the shard itself
+def park(plan: Plan, optimizer: MasterAdamW, ema: EMA, device: torch.device) -> States:
+    """AdamW's moments and the average leave for host memory, as far as the Plan parks them: on each rank its own shards."""
+    moments = {name: tensor for name, tensor in optimizer.state().items() if not name.startswith("step.")}
+    parts = {"optimizer": moments, "average": ema.average}
+    return States({p: {name: local_shard(tensor) for name, tensor in parts[p].items()} for p in plan.parked}, device)
 
 
 def build_pipeline(config: TrainConfig, plan: Plan, model: VchitectTransformer, ema: EMA, mesh: Mesh) -> Pipeline:

@@ -1,4 +1,4 @@
-"""train obeys a Plan that offloads: the same weights bit by bit, and a Plan whose pool is too small is refused.
+"""train obeys a Plan that offloads or parks: the same weights bit by bit, and a Plan whose pool is too small is refused.
 
 pytest tests/offload/test_train_offload.py; real clips, the nano model.
 """
@@ -9,10 +9,12 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from offloading import NANO, TEXT_TOKENS, loss_of, make_inputs, make_model, work_of
+from offloading import NANO, TEXT_TOKENS, assert_same, loss_of, make_inputs, make_model, work_of
+from torch import Tensor
 
 from vchitect_fast import checkpoint
 from vchitect_fast.cli import main
@@ -24,15 +26,16 @@ from vchitect_fast.parallel.apply import obey
 from vchitect_fast.parallel.mesh import ALONE
 from vchitect_fast.plan import Plan, PlanEntry, Policy, Prediction
 from vchitect_fast.quickstart import example_folder
+from vchitect_fast.step import Step
 from vchitect_fast.train import build_saving
 
 pytest.importorskip("vchitect_fast._C", reason="built with VCHITECT_FAST_EXT=0")
 PREDICTED = Prediction(1.0, {}, 1.0, {}, "made up for a test")
 
 
-def plan_of(path: Path, policy: Policy, **fields: int) -> Path:
+def plan_of(path: Path, policy: Policy, *, dtype: str = "float32", parked: tuple[str, ...] = (), **fields: int) -> Path:
     entry = PlanEntry("4x32x16", (policy,) * NANO.num_layers, 2, 2, PREDICTED, **fields)
-    Plan(NANO.fingerprint(), this_device().fingerprint(), "this machine", "float32", 16, (entry,)).save(path)
+    Plan(NANO.fingerprint(), this_device().fingerprint(), "this machine", dtype, 16, (entry,), parked=parked).save(path)
     return path
 
 
@@ -109,3 +112,40 @@ def test_a_plan_whose_offload_bytes_are_too_few_is_refused(run_file: Path, capsy
     printed = " ".join(capsys.readouterr().err.split())
     # 16 visual rows x 7 and 128 text rows x 3, 16 wide, in fp32
     assert "offloads 31744 bytes a microbatch and its offload_bytes is 4096; set it to 0" in printed
+
+
+@pytest.mark.parametrize(("parked", "dtype"), [(("optimizer", "average"), "float32"), (("optimizer",), "bfloat16")])
+def test_parked_states_train_to_the_same_bits_and_are_away_in_forward_and_backward(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, parked: tuple[str, ...], dtype: str
+) -> None:
+    """Through validation, samples, a checkpoint and a resume; with offloaded activations beside them."""
+    folder, policy = run_file.parent, Policy("offload", "offload", "recompute", "keep", "recompute")
+    kept, away = (
+        plan_of(folder / f"{n}.json", policy, dtype=dtype, parked=p) for n, p in (("kept", ()), ("away", parked))
+    )
+    options = ["validate_every=2", "save_every=2", "sample_every=4"]
+    assert main(["train", str(run_file), f"out={folder / 'kept'}", f"plan={kept}", "steps=4", *options]) == 0
+
+    seen: list[tuple[dict[str, int], dict[str, int]]] = []  # bytes by part, in host memory and on the device
+    microbatch = Step._microbatch
+
+    def watched(self: Step, *args: Any) -> Tensor:
+        loss, moments = microbatch(self, *args), [t for n, t in self.optimizer.state().items() if n[:5] != "step."]
+        parts = {"optimizer": moments, "average": list(self.ema.average.values())}
+        on_device = {name: sum(t.untyped_storage().nbytes() for t in tensors) for name, tensors in parts.items()}
+        seen.append((self.states.parked_bytes(), on_device))
+        return loss
+
+    monkeypatch.setattr(Step, "_microbatch", watched)
+    for steps in (2, 4):
+        assert main(["train", str(run_file), f"out={folder / 'away'}", f"plan={away}", f"steps={steps}", *options]) == 0
+    whole = {"optimizer": 8 * NANO.num_parameters(), "average": 4 * NANO.num_parameters()}
+    on_device = {name: 0 if name in parked else num_bytes for name, num_bytes in whole.items()}
+    assert seen == [({name: whole[name] for name in parked}, on_device)] * 8  # two microbatches a step
+
+    ends = [checkpoint.load_prefix(checkpoint.latest(folder / name), "") for name in ("kept", "away")]
+    assert_same(*ends)
+    for kind in ("step", "validation"):
+        losses = [[event["loss"] for event in read_log(folder / name, kind)] for name in ("kept", "away")]
+        assert losses[0] == losses[1]
+    assert len(list((folder / "away" / "samples").glob("*.mp4"))) > 0

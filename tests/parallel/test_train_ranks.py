@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 from ranks import ranks
-from test_train import assert_same, clips, final, plan_of
+from test_train import NANO, assert_same, clips, final, plan_of
 
 from vchitect_fast.cli import main
 from vchitect_fast.config import TrainConfig
@@ -109,6 +109,24 @@ def test_ranks_compute_what_one_process_does_also_after_another_mesh_takes_over(
         read_log(tmp_path / "one", "validation"), read_log(tmp_path / "ranks", "validation"), strict=True
     ):
         assert abs(many["loss"] - one["loss"]) <= (eps + eps * REDUCED**0.5) * one["loss"]
+
+
+def test_each_rank_parks_its_shards_and_the_run_stays_bitwise_the_same(tmp_path: Path, one_thread: None) -> None:
+    """Through validation, which swaps the average in, a checkpoint, and a resume."""
+    pytest.importorskip("vchitect_fast._C", reason="built with VCHITECT_FAST_EXT=0")
+    kept = run_file(tmp_path, "kept", (1, 2, 1), 2, ShardSpec(), steps=2, save_every=1, validate_every=1)
+    assert ranks(2).run("train_calls:trained", str(kept)) == [2] * 2
+    for steps in (1, 2):
+        away = run_file(tmp_path, "away", (1, 2, 1), 2, ShardSpec(), steps=steps, save_every=1, validate_every=1)
+        plan = tmp_path / "away-plan.json"
+        replace(Plan.load(plan), parked=("optimizer", "average")).save(plan)
+        found = ranks(2).run("train_calls:parked", str(away))
+        # the same after every microbatch
+        parked, on_device = (sum(num_bytes) for num_bytes in zip(*(bytes_of for [bytes_of] in found), strict=True))
+        assert (parked, on_device) == (12 * NANO.num_parameters(), 0)
+    assert_same(final(tmp_path / "kept"), final(tmp_path / "away"))
+    losses = [[event["loss"] for event in read_log(tmp_path / name, "validation")] for name in ("kept", "away")]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
 
 
 def test_a_killed_rank_ends_all_and_is_named_and_the_run_goes_on_exactly(tmp_path: Path, one_thread: None) -> None:

@@ -7,7 +7,7 @@ workload.py. `keep_last` blocks at the end are never offloaded: backward needs t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 
@@ -19,6 +19,7 @@ KEEP_LAST = 1
 WHOLE = "whole"  # all that autograd saves of a block that keeps everything, its input included
 READINGS = ("kept", "recomputed")
 SLOT_BYTES = 256  # a slot of the pool is a multiple of this: device access is coalesced, and little is wasted
+CHUNK_BYTES = 64 * 2**30  # of the pool; no slot crosses from one into the next (csrc/pool.h)
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,22 @@ def step_bytes(
 
 
 def offload_budget_bytes(work: Workload, policies: Sequence[Policy], dtype: str, *, keep_last: int = KEEP_LAST) -> int:
-    """The pool that one forward and backward needs: what is offloaded, each tensor rounded up to whole slots."""
+    """The pool that one forward and backward needs for what is offloaded."""
     moved = [item for item in step_bytes(work, policies, dtype, keep_last=keep_last) if item.action == OFFLOAD]
-    return sum(-(-size // SLOT_BYTES) * SLOT_BYTES for item in moved for size in item.sizes)
+    return pool_bytes(size for item in moved for size in item.sizes)
+
+
+def pool_bytes(sizes: Iterable[int], chunk_bytes: int = CHUNK_BYTES) -> int:
+    """The pool in which tensors of these sizes all find room, in any order, while nothing else is in it.
+
+    Whole slots; and where they fill more than one chunk, at the end of each as much as the largest slot may not fit into.
+    """
+    slots = [-(-size // SLOT_BYTES) * SLOT_BYTES for size in sizes]
+    needed, rest = sum(slots), max(slots, default=SLOT_BYTES) - SLOT_BYTES
+    if needed <= chunk_bytes or rest >= chunk_bytes:  # a slot that fits no chunk: the pool will say so
+        return needed
+    num_chunks = -(-(needed - rest) // (chunk_bytes - rest))
+    return needed + (num_chunks - 1) * rest
 
 
 def spread(num_chosen_of: float | Fraction, num_blocks: int) -> tuple[bool, ...]:
