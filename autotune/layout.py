@@ -70,6 +70,7 @@ class Problem:
     num_devices: int = 1  # ranks of the run
     ema: bool = True
     encode: bool = False  # the codec encodes inside the step: latents are not cached
+    parked: tuple[str, ...] = ()  # plan.PARKABLE: states that lie in host memory between their uses
 
     def workload(self, layout: Layout) -> Workload:
         """One microbatch, on the fullest of the ranks that share it."""

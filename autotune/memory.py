@@ -16,7 +16,7 @@ workspaces of libraries. Letters as in workload.py. Layer 0 only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 
 from vchitect_fast.cluster import Device
@@ -25,6 +25,7 @@ from vchitect_fast.plan import KEEP, Policy
 from vchitect_fast.workload import DTYPE_BYTES, Workload
 
 GIB = 2**30
+PARKED_BYTES = {"optimizer": 8, "average": 4}  # a parameter
 GATHERED = 2  # blocks whose whole parameters are there at once, where they are in shards
 MLP_WORKING = (
     4  # at GELU's backward, in [rows, D]: its 4D gradient out and in, less the second linear's 4D input, just freed
@@ -79,6 +80,12 @@ def states_bytes(work: Workload, dtype: str, *, ema: bool = True, num_shards: in
         return -(-number // num_shards) * 4 * (3 + ema) + GATHERED * block_parameters(work) * DTYPE_BYTES[dtype] + grid
     copy = number * DTYPE_BYTES[dtype] if dtype != "float32" else 0
     return number * 4 * (3 + ema) + copy + grid
+
+
+def parked_bytes(work: Workload, parked: Collection[str], *, num_shards: int = 1) -> dict[str, int]:
+    """What lies in host memory between its uses, of one rank: AdamW's two fp32 moments, the fp32 average."""
+    shard = -(-work.config.num_parameters() // num_shards)
+    return {name: num_bytes * shard for name, num_bytes in PARKED_BYTES.items() if name in parked}
 
 
 def block_parameters(work: Workload, *, last: bool = False) -> int:

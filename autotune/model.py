@@ -21,7 +21,7 @@ from vchitect_fast.autotune.codec import encode_flops
 from vchitect_fast.autotune.collectives import Group, collective_seconds
 from vchitect_fast.autotune.cost import StepCost, accumulation_seconds, ends_seconds, optimizer_seconds
 from vchitect_fast.autotune.layout import Layout, Problem
-from vchitect_fast.autotune.memory import GIB, Moment, StepMemory, block_parameters, moments, whole_bytes
+from vchitect_fast.autotune.memory import GIB, Moment, StepMemory, block_parameters, moments, parked_bytes, whole_bytes
 from vchitect_fast.autotune.rates import Seconds, rates_of
 from vchitect_fast.autotune.streams import Contention, Timeline, simulate
 from vchitect_fast.autotune.tasks import Microbatch, Prices
@@ -142,11 +142,15 @@ class StepModel:
             earlier = Microbatch(prices, layout.shard, chosen, layout.prefetch_depth, reduces=False)
             other = simulate(earlier.tasks, self._contention(layout))
         points = self._memory(layout, chosen, last, line, work)
+        parked = parked_bytes(self.problem.workload(layout), self.problem.parked, num_shards=layout.num_shards)
+        if parked and self.device.kind != "cpu":
+            points = self._away(layout, points, line, parked)
         fullest = max((moment for _, moment in points), key=lambda item: item.memory.peak_bytes)
         cost = self._cost(layout, chosen, work, line, other, fullest.memory.peak_bytes)
         memory = tuple((time_s, moment.memory.peak_bytes) for time_s, moment in points)
         timeline = replace(line, memory=memory)
-        return Outcome(layout, tuple(chosen), cost, fullest, host_bytes(chosen), timeline, left_out)
+        pinned = host_bytes(chosen) + sum(parked.values())
+        return Outcome(layout, tuple(chosen), cost, fullest, pinned, timeline, left_out)
 
     def _block_parts(self, layout: Layout) -> tuple[list[BlockSeconds], Seconds]:
         work, twice = self.problem.workload(layout), _resharded(layout)
@@ -255,6 +259,20 @@ class StepModel:
             points.append((start + share * (until - start), replace(moment, memory=memory)))
         return points
 
+    def _away(
+        self, layout: Layout, points: list[tuple[float, Moment]], line: Timeline, parked: dict[str, int]
+    ) -> list[tuple[float, Moment]]:
+        """The same without parked states, and one moment more: the update, for which each part comes back by itself."""
+        away = sum(parked.values())
+        gone = [(t, replace(m, memory=replace(m.memory, states_bytes=m.memory.states_bytes - away))) for t, m in points]
+        whole = 4 * self.config.num_parameters()
+        states = gone[-1][1].memory.states_bytes + max(parked.values())
+        update = replace(
+            gone[-1][1].memory, states_bytes=states, gradients_bytes=whole // layout.num_shards, saved_bytes=0,
+            working_bytes=0, exchange_bytes=0, in_flight_bytes=0,
+        )  # fmt: skip
+        return [*gone, (line.total_s, Moment("update", None, update))]
+
     def _cost(
         self, layout: Layout, chosen: Sequence[Way], work: _Work, line: Timeline, other: Timeline, peak_bytes: int
     ) -> StepCost:
@@ -274,10 +292,15 @@ class StepModel:
             ),
             exchange_s=exposed("exchange"),
             gather_s=exposed("gather"),
-            copy_s=exposed("out", "in"),
+            copy_s=exposed("out", "in") + self._parked_s(layout),
             encode_s=times * self._encode_s(layout),
             pressure_s=times * self._pressure_s(peak_bytes),
         )
+
+    def _parked_s(self, layout: Layout) -> float:
+        """Parked states are waited for when they come; they leave behind the next forward."""
+        parked = parked_bytes(self.problem.workload(layout), self.problem.parked, num_shards=layout.num_shards)
+        return sum(self._copy_s("host_to_device", num_bytes) for num_bytes in parked.values())
 
     def _encode_s(self, layout: Layout) -> float:
         """The codec on this rank's frames of one microbatch: frames are independent, each rank encodes its own."""
@@ -300,7 +323,8 @@ class StepModel:
         )
         found = []
         names = {link.name for link in self.problem.cluster.links}
-        if any(item.moved_bytes for item in chosen) and not {"device_to_host", "host_to_device"} <= names:
+        moves = any(item.moved_bytes for item in chosen) or self.problem.parked
+        if moves and not {"device_to_host", "host_to_device"} <= names:
             found.append("copies to host memory")
         for what, group in (
             ("exchanges", sp),

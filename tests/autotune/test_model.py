@@ -145,10 +145,24 @@ def test_pressure_begins_where_the_device_says() -> None:
     calm = problem(gpus(), batch=1)
     peak = StepModel(calm).predict(Layout(), (KEPT,) * 6).memory.peak_bytes
     used = peak + 2**28
-    for fraction, expected in ((1.01, 0.0), (0.5, 0.5 * used / GIB)):
+    for fraction, expected in ((1.0, 0.0), (0.5, 0.5 * used / GIB)):
         pressed = replace(calm.cluster.device, memory_bytes=used, pressure_fraction=fraction, remap_s_per_gib=1.0)
         asked = replace(calm, cluster=replace(calm.cluster, device=pressed))
         assert StepModel(asked).predict(Layout(), (KEPT,) * 6).cost.pressure_s == pytest.approx(expected)
+
+
+def test_parked_states_are_away_but_for_the_update_and_waited_for() -> None:
+    """12 bytes a parameter: 8 of AdamW, 4 of the average; gradients are the same in both."""
+    here, away = problem(gpus(), batch=1), problem(gpus(), batch=1, parked=("optimizer", "average"))
+    policies, number = (KEPT,) * 6, TINY.num_parameters()
+    kept, parked = StepModel(here).predict(Layout(), policies), StepModel(away).predict(Layout(), policies)
+    assert kept.memory.peak_bytes - parked.memory.peak_bytes == 12 * number
+    assert parked.host_bytes - kept.host_bytes == 12 * number
+    assert parked.cost.step_s - kept.cost.step_s == pytest.approx(12 * number / 6e10)
+    small = problem(gpus(), batch=1, parked=("optimizer", "average"), shape=VideoShape(1, 32, 32))
+    update = StepModel(small).predict(Layout(), policies)
+    assert update.fullest.phase == "update"
+    assert update.memory.states_bytes == 4 * number + 8 * number + TINY.pos_embed_max_size**2 * TINY.hidden_dim * 4
 
 
 def test_what_has_no_figure_is_named() -> None:
