@@ -244,16 +244,22 @@ def _by_point(pairs: Iterable[Pair]) -> list[list[Pair]]:
     return [list(items) for _, items in groupby(ordered, key=lambda pair: pair.expected.point)]
 
 
+def has_moved(errors: Sequence[float], recent: int = RECENT) -> bool:
+    """The median of the last errors lies outside the range of the first, widened by MARGIN; False where there are too few."""
+    if len(errors) < 2 * recent:
+        return False
+    low, high = min(errors[:recent]), max(errors[:recent])
+    margin = MARGIN * (high - low)
+    return not low - margin <= median(errors[-recent:]) <= high + margin
+
+
 def _moved(point: Sequence[Pair], recent: int) -> list[str]:
     found = []
     for name in DRIFTING:
         errors = [error for pair in point if (error := pair.error(name)) is not None]
-        if len(errors) < 2 * recent:
+        if not has_moved(errors, recent):
             continue
         low, high, now = min(errors[:recent]), max(errors[:recent]), median(errors[-recent:])
-        margin = MARGIN * (high - low)
-        if low - margin <= now <= high + margin:
-            continue
         expected = point[-1].expected
         found.append(
             f"{name} of {expected.shape} on {expected.device_name}: the same prediction was off by {low:+.1%} to {high:+.1%} in "

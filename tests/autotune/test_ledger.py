@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +16,7 @@ import pytest
 from ledgers import found, pair, plan
 
 from vchitect_fast.architecture import preset
-from vchitect_fast.autotune import ledger as module
-from vchitect_fast.autotune.ledger import Expectation, Ledger, beside, drift, expect
+from vchitect_fast.autotune.ledger import RECENT, Expectation, Ledger, beside, drift, expect, has_moved
 from vchitect_fast.errors import UserError
 
 
@@ -174,12 +174,10 @@ def test_noise_alarms_seldom_and_a_shift_is_found() -> None:
     """The figures beside MARGIN, by simulation."""
     random.seed(0)
 
-    def alarms(shift: float, number: int) -> int:
-        draws = ([10 * random.lognormvariate(0, 0.02) for _ in range(2 * module.RECENT)] for _ in range(number))
-        return sum(
-            bool(drift([pair(step_s=s * (1 + shift * (i >= module.RECENT))) for i, s in enumerate(draw)]))
-            for draw in draws
-        )
+    def alarms(draw: Callable[[], float], shift: float) -> float:
+        runs = ([draw() + shift * (i >= RECENT) for i in range(2 * RECENT)] for _ in range(4000))
+        return sum(map(has_moved, runs)) / 4000
 
-    assert alarms(0.0, 100) <= 5
-    assert alarms(0.1, 30) >= 27
+    assert 0.01 < alarms(lambda: random.gauss(0, 1), 0.0) < 0.05
+    assert 0.01 < alarms(lambda: random.lognormvariate(0, 1), 0.0) < 0.05
+    assert alarms(lambda: random.gauss(0, 1), 5.0) > 0.97
