@@ -226,11 +226,13 @@ def logged(case: Case, *, last: bool = False) -> tuple[Log, Log, dict[tuple[int,
         if case.spec.axis == "frames"
         else [(case.T, own[S]), (case.T, own[case.N])]
     )
-    x, c = (torch.randn(case.B, *shape, D, requires_grad=True) for shape in shapes)
-    temb = torch.randn(case.B, D, requires_grad=True)
+    # Not leaves, which would not be counted.
+    x, c = (torch.randn(case.B, *shape, D, requires_grad=True).neg() for shape in shapes)
+    temb = torch.randn(case.B, D, requires_grad=True).neg()
     block = model.transformer_blocks[-1 if last else 0]
     run = partial(block, backend=model.attention_backend, sharding=cut)
     saving, policy = model.saving, case.policies[0] if case.policies else Policy.keep()
+    saving.count = True
     with Log() as forward:
         out, text = saving.run_block(run, policy, 0, saving.new_pass(), x, c, temb)
     with Log() as backward:

@@ -46,7 +46,7 @@ from vchitect_fast.model.text import load_text_encoder
 from vchitect_fast.model.vae import load_codec
 from vchitect_fast.offload.engine import Engine
 from vchitect_fast.offload.hooks import Saving
-from vchitect_fast.offload.policy import offload_budget_bytes
+from vchitect_fast.offload.policy import offload_budget_bytes, share_of
 from vchitect_fast.offload.states import States
 from vchitect_fast.optimizer import MasterAdamW
 from vchitect_fast.parallel.apply import parallelize
@@ -60,7 +60,6 @@ from vchitect_fast.sample import BY_FRAMES, Pipeline
 from vchitect_fast.step import Step
 from vchitect_fast.train_console import Console, print_summary
 from vchitect_fast.validate import Validation
-from vchitect_fast.workload import Workload
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -194,9 +193,8 @@ def build_saving(plan: Plan, config: TransformerConfig, device: torch.device) ->
     """With the engine and the pool that the Plan's Policies need; without one where nothing is offloaded."""
     budget = 0
     for entry in plan.entries:
-        axis = "tokens" if entry.shard.axis == "tokens" else "frames"
-        work = Workload(config, entry.video_shape, entry.microbatch, plan.num_text_tokens, plan.mesh["sp"], axis)
-        needed = offload_budget_bytes(work, entry.policy, plan.compute_dtype)
+        work = share_of(plan, entry, config)
+        needed = offload_budget_bytes(work, entry.policy, plan.compute_dtype, shard=entry.shard)
         if entry.offload_bytes and entry.offload_bytes < needed:
             raise UserError(
                 f"the Plan's {entry.shape} offloads {needed} bytes a microbatch and its offload_bytes is {entry.offload_bytes}; "

@@ -94,7 +94,7 @@ class Workload:
         config, d = self.config, self.config.hidden_dim
         text = SAVED_TEXT_LAST if last else SAVED_TEXT
         rows = SAVED_VISUAL * self.visual_rows + text * self.text_rows + SAVED_JOINT * self.rows
-        if self.batch * self.shape.num_frames == 1:  # a slice of the joint rows is then a view of what is saved anyway
+        if self.batch * self.num_frames == 1:  # a slice of the joint rows is then a view of what is saved anyway
             rows += self.text_rows - self.visual_rows if last else -self.rows
         norms = 4 * self.visual_rows + (2 if last else 4) * self.text_rows  # mean and rstd of each LayerNorm
         modulation = (12 if last else 19) * self.batch * d  # chunks, 1 + scale, SiLU of temb; temb itself

@@ -15,7 +15,10 @@ from ranks import ranks
 from sequence_cases import CONFIG, FRAMES, HEADS, ROWS, SPECS, Case
 
 from vchitect_fast.errors import UserError
+from vchitect_fast.offload.policy import block_bytes
 from vchitect_fast.plan import Policy, ShardSpec
+from vchitect_fast.shapes import VideoShape
+from vchitect_fast.workload import Workload
 
 D, B, T, S, N, P = CONFIG.hidden_dim, 2, 4, 6, 4, 2
 ALL = Policy("offload", "offload", "offload", "offload", "offload")
@@ -99,21 +102,30 @@ def test_a_group_that_is_kept_or_offloaded_is_not_exchanged_again(name: str) -> 
         assert recomputed - kept == recomputed - offloaded == num_qkv
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_what_a_group_saves_is_what_came_and_not_what_was_sent(name: str) -> None:
-    """In units of numbers a rank. Of q, k, v that go to heads the ones that came are saved, the ones sent are not."""
-    [found] = logs(SPECS[name], Policy("keep", "keep", "keep", "keep", "keep"), ALL)[1:]
-    visual, text, first = B * T * S * D // P, B * T * N * D // P, B * N * D
-    qkv = {
-        "frames": 7 * visual + 3 * text + (visual + 4 * text) + 3 * first,  # rows that came, and their text q, k, v
-        "tokens to heads": 7 * visual + 6 * text + 3 * first,  # the text's own q, k, v serve the other branches
-        "tokens to frames": 7 * visual + 3 * text + (visual + 4 * text) + 3 * first,
-    }[name]
-    for rank in found:
-        saved = {group: num_bytes // 4 for (_, group, _), num_bytes in rank["bytes"].items()}
-        assert saved["qkv"] == qkv
-        assert saved["branch_out"] == 4 * (visual + text)  # three attentions, and the output that came back
-        assert Counter(action for _, _, action in rank["bytes"]) == {"offload": 5}
+@pytest.mark.parametrize("last", [False, True], ids=["inner", "last"])
+@pytest.mark.parametrize(
+    ("num_ranks", "sizes"),
+    [(4, {"B": 1, "T": 3, "N": 5}), (4, {"B": 2, "T": 9, "N": 7}), (2, {"B": 1, "T": 1, "N": 3})],
+    ids=["a frame a rank", "uneven", "an image"],
+)  # fmt: skip
+def test_what_a_block_saves_is_what_came_and_not_what_was_sent(
+    num_ranks: int, sizes: dict[str, int], last: bool
+) -> None:
+    """Of q, k, v that go to heads the ones that came are saved, the ones sent are not. The first rank has most of everything."""
+    policies = [Policy.keep(), ALL, Policy("keep", "offload", "recompute", "keep", "recompute")]
+    cases = [
+        Case(spec, h=4, w=6, policies=(policy,) * 3, **sizes) for spec, policy in product(SPECS.values(), policies)
+    ]
+    by_rank = ranks(num_ranks).run("sequence_cases:events" + "_last" * last, cases)
+    shape, block = VideoShape(sizes["T"], 6 * 8, 4 * 8), CONFIG.num_layers - 1 if last else 1  # 8 pixels a latent cell
+    for number, case in enumerate(cases):
+        work = Workload(CONFIG, shape, case.B, case.N, num_ranks, case.spec.axis)
+        predicted = block_bytes(work, case.policies[0], block, "float32", shard=case.spec)
+        expected = Counter({(item.group, item.action): item.num_bytes for item in predicted})
+        found = [{key[1:]: n for key, n in rank[number]["bytes"].items()} for rank in by_rank]
+        assert found[0] == expected and expected.total() > 0, case
+        if case.policies[0] != Policy.keep():
+            assert all(Counter(others) <= expected for others in found[1:]), case
 
 
 @pytest.mark.parametrize("policy", [None, Policy.recompute(), ALL], ids=["keep", "recompute", "offload"])

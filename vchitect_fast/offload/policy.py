@@ -3,6 +3,10 @@
 A block of which nothing is recomputed or offloaded keeps whatever autograd saves (Workload.saved_bytes_per_block). Any other
 block saves the five groups, each kept, offloaded or recomputed, and recomputes the cheap work between them. Letters as in
 workload.py. `keep_last` blocks at the end are never offloaded: backward needs them at once.
+
+Where `work` is one rank's share of a sample, `shard` says what the ranks exchange (parallel/sequence.py): what comes from
+others belongs to `qkv` and `branch_out` and is saved like the rest. All is of the first rank, the fullest. Without `shard`
+exchanges are not counted.
 """
 
 from __future__ import annotations
@@ -11,8 +15,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 
+from vchitect_fast.architecture import TransformerConfig
 from vchitect_fast.errors import UserError, unknown_name
-from vchitect_fast.plan import KEEP, OFFLOAD, RECOMPUTE, Policy
+from vchitect_fast.plan import KEEP, OFFLOAD, RECOMPUTE, Plan, PlanEntry, Policy, ShardSpec
 from vchitect_fast.workload import DTYPE_BYTES, Workload
 
 KEEP_LAST = 1
@@ -63,48 +68,136 @@ def offloads(policy: Policy) -> bool:
     return policy != without_offload(policy)
 
 
+def share_of(plan: Plan, entry: PlanEntry, config: TransformerConfig) -> Workload:
+    """One rank's share of a microbatch of `entry`."""
+    axis = "tokens" if entry.shard.axis == "tokens" else "frames"
+    return Workload(config, entry.video_shape, entry.microbatch, plan.num_text_tokens, plan.mesh["sp"], axis)
+
+
+@dataclass(frozen=True)
+class Resharded:
+    """The branch whose rows other ranks have, on the first rank: temporal where frames are cut, spatial where tokens are."""
+
+    visual_rows: int  # that it attends over
+    text_rows: int
+    num_heads: int  # in which it does
+    rows_come: bool  # normed rows come and are projected here; False: q, k and v come, of these heads
+    back_rows: int  # of the output that comes back
+    first_text_rows: int  # of the first frame, for the cross branch; they come too
+
+    @classmethod
+    def of(cls, work: Workload, shard: ShardSpec, *, last: bool) -> Resharded:
+        """What `work`'s sp ranks exchange in one block; `last`: where frames are cut, its text rows stay."""
+        assert shard.axis == work.axis, (shard, work)
+        whole, heads = replace(work, sp=1), work.config.num_attention_heads
+        there = replace(work, axis="tokens" if shard.axis == "frames" else "frames")
+        first = work.batch * work.num_text_tokens
+        if shard.spatial == "heads":
+            return cls(whole.visual_rows, whole.text_rows, -(-heads // work.sp), False, work.rows, first)
+        only_visual = last and shard.axis == "frames"
+        text, back = (0, work.visual_rows) if only_visual else (there.text_rows, work.rows)
+        return cls(there.visual_rows, text, heads, True, back, first)
+
+    @property
+    def rows(self) -> int:
+        """Visual and text."""
+        return self.visual_rows + self.text_rows
+
+
 def block_bytes(
-    work: Workload, policy: Policy, block: int, dtype: str, *, device_kind: str = "cpu"
+    work: Workload,
+    policy: Policy,
+    block: int,
+    dtype: str,
+    *,
+    device_kind: str = "cpu",
+    shard: ShardSpec | None = None,
 ) -> list[GroupBytes]:
     """What one block saves by group, for a policy that is already `effective`.
 
-    Exact for the plain block with torch's fused attention (tests/offload/test_policy.py counts the same): in units of
-    [rows, D], the input visual and text, 7 visual and 3 text projections, 3 joint branch outputs, the 4D input of each GELU;
-    the log-sum-exp is fp32. The first block's text is one row set a sample, not a frame: it is expanded over the frames.
+    Exact for the plain block with torch's fused attention (tests/offload/test_blocks.py, tests/parallel/test_sequence_traffic.py
+    count the same): in units of [rows, D], the input visual and text, 7 visual and 3 text projections, 3 joint branch outputs,
+    the 4D input of each GELU; the log-sum-exp is fp32. The first block's text is one row set a sample, not a frame: it is
+    expanded over the frames.
     """
     config, size = work.config, DTYPE_BYTES[dtype]
-    last, d = block == config.num_layers - 1, config.hidden_dim
-    text_rows = work.batch * work.num_text_tokens if block == 0 else work.text_rows
+    last, row = block == config.num_layers - 1, size * config.hidden_dim
+    sent = Resharded.of(work, shard, last=last) if shard and shard.axis != "batch" and work.sp > 1 else None
+    text_input = work.text_rows // work.num_frames if block == 0 else work.text_rows
     if policy == Policy.keep():
         statistics = size if device_kind == "cpu" else 4
         whole = work.saved_bytes_per_block(size, last=last, statistics_bytes=statistics)
-        return [GroupBytes(block, WHOLE, KEEP, (whole - size * d * (work.text_rows - text_rows),))]
-    visual, text, joint = (size * d * rows for rows in (work.visual_rows, work.text_rows, work.rows))
+        whole += _whole_exchanged_bytes(work, sent, row, last=last) if sent else 0
+        return [GroupBytes(block, WHOLE, KEEP, (whole - row * (work.text_rows - text_input),))]
+    visual, text, joint = (row * rows for rows in (work.visual_rows, work.text_rows, work.rows))
+    qkv, branch_out, stats = [visual] * 7 + [text] * 3, [joint] * 3, [_stats_bytes(work)] * 3
+    if sent:
+        of_heads = row * sent.num_heads // config.num_attention_heads
+        if sent.rows_come:  # they, and their projections; the text's own ones serve the other branches
+            there = [row * sent.visual_rows, row * sent.text_rows]
+            qkv = [visual] * 4 + [text] * 3 + there * 4
+        else:
+            qkv = [visual] * 4 + [text] * 3 + [of_heads * sent.rows] * 3
+        qkv += [row * sent.first_text_rows] * 3  # they, and their k and v
+        branch_out = [joint] * 2 + [of_heads * sent.rows, row * sent.back_rows]
+        stats = [_stats_bytes(work)] * 2 + [4 * sent.num_heads * sent.rows]
     found = {
-        "block_input": (visual, size * d * text_rows),
-        "qkv": (visual,) * 7 + (text,) * 3,
-        "branch_out": (joint,) * 3,
-        "mlp_pre": (4 * visual,) if last else (4 * visual, 4 * text),
-        "stats": (4 * config.num_attention_heads * work.rows,) * 3,
+        "block_input": [visual, row * text_input],
+        "qkv": qkv,
+        "branch_out": branch_out,
+        "mlp_pre": [4 * visual] if last else [4 * visual, 4 * text],
+        "stats": stats,
     }
-    return [GroupBytes(block, name, getattr(policy, name), sizes) for name, sizes in found.items()]
+    return [
+        GroupBytes(block, name, getattr(policy, name), tuple(n for n in sizes if n)) for name, sizes in found.items()
+    ]
+
+
+def _stats_bytes(work: Workload) -> int:
+    """The log-sum-exp of one branch over this rank's rows."""
+    return 4 * work.config.num_attention_heads * work.rows
+
+
+def _whole_exchanged_bytes(work: Workload, sent: Resharded, row: int, *, last: bool) -> int:
+    """What exchanges add to a block that keeps whatever autograd saves."""
+    there = row * sent.num_heads // work.config.num_attention_heads * sent.rows
+    more = 4 * (there - row * work.rows)  # q, k, v and output of the branch
+    more += there if sent.rows_come else 0
+    more += row * (3 * sent.first_text_rows - 2 * work.text_rows)  # the cross branch does not use this rank's k and v
+    more += 4 * sent.num_heads * sent.rows - _stats_bytes(work)
+    if work.axis == "frames" and work.batch * work.num_frames == 1:  # the output that came back is not saved anyway
+        more += row * (work.visual_rows if last else work.rows)
+    return more
 
 
 def step_bytes(
-    work: Workload, policies: Sequence[Policy], dtype: str, *, keep_last: int = KEEP_LAST, device_kind: str = "cpu"
+    work: Workload,
+    policies: Sequence[Policy],
+    dtype: str,
+    *,
+    keep_last: int = KEEP_LAST,
+    device_kind: str = "cpu",
+    shard: ShardSpec | None = None,
 ) -> list[GroupBytes]:
     """`block_bytes` of every block, the `effective` policies applied."""
     done = effective(policies, keep_last)
     return [
         item
         for block, policy in enumerate(done)
-        for item in block_bytes(work, policy, block, dtype, device_kind=device_kind)
+        for item in block_bytes(work, policy, block, dtype, device_kind=device_kind, shard=shard)
     ]
 
 
-def offload_budget_bytes(work: Workload, policies: Sequence[Policy], dtype: str, *, keep_last: int = KEEP_LAST) -> int:
+def offload_budget_bytes(
+    work: Workload,
+    policies: Sequence[Policy],
+    dtype: str,
+    *,
+    keep_last: int = KEEP_LAST,
+    shard: ShardSpec | None = None,
+) -> int:
     """The pool that one forward and backward needs for what is offloaded."""
-    moved = [item for item in step_bytes(work, policies, dtype, keep_last=keep_last) if item.action == OFFLOAD]
+    moved = [i for i in step_bytes(work, policies, dtype, keep_last=keep_last, shard=shard) if i.action == OFFLOAD]
     return pool_bytes(size for item in moved for size in item.sizes)
 
 
