@@ -5,8 +5,8 @@
 
 What the runtime does, followed here (docs/design.md, "Sequence", "Offload"; parallel/shard.py): with frames cut, the first
 exchange runs behind the spatial branch, in backward the last; with tokens cut, compute waits for both. The parameters of one
-block are gathered ahead. A block's backward fetches, when it begins, its own bytes and those of the next `prefetch_depth`
-offloading blocks. Gradients are reduced in the last microbatch alone. Seconds come from StepModel; nothing is measured here.
+block are gathered ahead. When backward reaches the blocks the first `prefetch_depth` offloading ones are fetched; one that is asked for fetches
+its own bytes and those of as many more. Gradients are reduced in the last microbatch alone. Seconds come from StepModel; nothing is measured here.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class Microbatch:
         self._gathered[-1] = self._gather(layers - 1, self.forward_done)
         self._compute("ends", self.prices.ends.backward_s, None)
         moving = [block for block in reversed(range(layers)) if self.chosen[block].moved_bytes]
-        fetched = 0
+        fetched = min(self.prefetch_depth, len(moving))  # when backward reaches the last block
+        for other in moving[:fetched]:
+            self._fetch(other)
         for block in reversed(range(layers)):
             if self.chosen[block].moved_bytes:  # asked for: itself, then those that come next
                 until = moving.index(block) + 1 + self.prefetch_depth

@@ -63,11 +63,11 @@ def test_one_device_is_the_sum_of_the_formulas(number: int, dtype: str) -> None:
 
 
 def test_hidden_copies_cost_nothing_and_free_the_device() -> None:
-    """Two of six blocks go; the link is fast; only the first fetch, which nothing can precede, is waited for."""
+    """Two of six blocks go, the link is fast: the first fetch too runs behind the blocks before it."""
     policies = (ALL_OUT, KEPT, KEPT, ALL_OUT, KEPT, KEPT)
     model = StepModel(problem(gpus(), batch=1))
     kept, moved = model.predict(Layout(), (KEPT,) * 6), model.predict(Layout(), policies)
-    assert moved.cost.copy_s == pytest.approx(moved.ways[3].moved_bytes / 6e10)
+    assert moved.cost.copy_s == 0
     assert (
         moved.memory.saved_bytes == kept.memory.saved_bytes - moved.ways[0].working_bytes - moved.ways[3].working_bytes
     )

@@ -247,8 +247,8 @@ def test_r9_a_partial_fraction_does_not_shift_the_order_of_fetches() -> None:
 
         monkeypatch.setattr(Pass, "use", use)
 
-    assert late_fetches([PARTIAL], nothing) == 1  # only the first that backward asks for
-    assert late_fetches([PARTIAL], by_block_number) > 1
+    assert late_fetches([PARTIAL], nothing) == 0
+    assert late_fetches([PARTIAL], by_block_number) > 0
 
 
 def test_r10_a_failed_backward_leaves_no_stash() -> None:
@@ -335,8 +335,8 @@ def test_r13_a_forward_without_gradients_or_of_another_kind_teaches_nothing() ->
 
     other = [INPUT if i in (1, 2, 5) else Policy.keep() for i in range(6)]
     backwards = [ALL if i in (0, 1, 2, 3, 4, 5) else Policy.keep() for i in range(6)]
-    assert late_fetches([other, backwards], nothing) == 1
-    assert late_fetches([other, backwards], one_kind) > 1
+    assert late_fetches([other, backwards], nothing) == 0
+    assert late_fetches([other, backwards], one_kind) > 0
 
 
 def test_r14_a_distributed_tensor_is_refused(tmp_path: Any) -> None:
@@ -389,5 +389,5 @@ def test_orders_are_learnt_by_kind_and_a_wrong_guess_costs_no_value() -> None:
     orders.of = lambda kind, number: tuple(range(number))  # type: ignore[method-assign]  # forward's order: all wrong
     found = gradients(model, inputs)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert orders.num_late == NUM_BLOCKS
+    assert orders.num_late == NUM_BLOCKS - 1  # the one that was fetched when backward began was not asked for first
     assert_no_leaks(engine)

@@ -93,6 +93,22 @@ def test_each_shape_fetches_as_far_ahead_as_its_entry_says() -> None:
         assert ahead == {str(3 - back) for back in range(1 + entry.prefetch_depth)}  # block 4 is the last and stays
 
 
+@pytest.mark.parametrize(("depth", "num_late"), [(0, 2), (1, 0), (2, 0)])
+def test_the_first_bytes_are_on_their_way_before_a_block_asks_for_them(depth: int, num_late: int) -> None:
+    """Blocks 0 and 1 moved, 2 to 4 keep everything: backward passes these first."""
+    config = replace(NANO, num_layers=5)
+    model, inputs = make_model(config=config), make_inputs(work_of(config=config))
+    policies = (Policy(block_input="offload"),) * 2 + (Policy.keep(),) * 3
+    plan = Plan(
+        config.fingerprint(), "", "", "float32", TEXT_TOKENS, (PlanEntry("4x32x32", policies, 2, 1, PREDICTED),)
+    )
+    saving = model.saving = build_saving(plan, config, torch.device("cpu"))
+    obey(model, plan.entries[0], ALONE)
+    saving.depth = depth
+    loss_of(model, inputs).backward()
+    assert (saving.orders.num_late, saving.orders.num_ahead) == (num_late, 2 - num_late)
+
+
 def test_a_plan_in_chunks_trains_to_nearly_the_same_loss(run_file: Path) -> None:
     folder, ends = run_file.parent, []
     recompute = Policy("offload", "recompute", "recompute", "recompute", "recompute")

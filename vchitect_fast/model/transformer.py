@@ -207,6 +207,7 @@ class VchitectTransformer(nn.Module):
                 run = partial(block, backend=self.attention_backend, sharding=sharding)
             with span("forward/block"):
                 x, c = saving.run_block(run, policy, index, saved_pass, x, c, temb)
+        saving.before_backward(saved_pass, x)
         scale, shift = self.norm_out(temb)
         return self._unpatchify(sharding.leave(self.proj_out(modulate(x, shift, scale))), h, w)
 

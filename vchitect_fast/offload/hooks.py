@@ -90,6 +90,11 @@ class Saving:
         self._passes.add(saved_pass)
         return saved_pass
 
+    def before_backward(self, saved_pass: Pass | None, x: Tensor) -> None:
+        """After the last block, whose output is `x`: what backward needs first is on its way before a block asks for it."""
+        if saved_pass is not None and saved_pass.bundles and x.requires_grad:
+            x.register_hook(lambda _: saved_pass.begin())
+
     def run_block(
         self, run: Run, policy: Policy, index: int, saved_pass: Pass | None, x: Tensor, c: Tensor, temb: Tensor
     ) -> tuple[Tensor, Tensor | None]:

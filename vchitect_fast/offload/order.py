@@ -74,6 +74,17 @@ class Pass:
         """What an order is learnt for."""
         return tuple((bundle.key, bundle.num_bytes) for bundle in self.bundles)
 
+    def begin(self) -> None:
+        """Backward begins: fetch the first `depth` bundles, behind the blocks that come before them."""
+        self._expect()
+        for position in self._order[: self._depth]:
+            self._bring(position)
+
+    def _expect(self) -> None:
+        if len(self._order) != len(self.bundles):  # the first time, as a rule
+            self._order = self._orders.of(self.kind, len(self.bundles))
+            self._place = {bundle: place for place, bundle in enumerate(self._order)}
+
     def use(self, position: int) -> None:
         """Backward asks for a bundle: fetch what is left of it, then those that come next."""
         if position in self._used:
@@ -83,9 +94,7 @@ class Pass:
             self._orders.num_ahead += 1
         else:
             self._orders.num_late += 1
-        if len(self._order) != len(self.bundles):  # the first use, as a rule
-            self._order = self._orders.of(self.kind, len(self.bundles))
-            self._place = {bundle: place for place, bundle in enumerate(self._order)}
+        self._expect()
         self._bring(position)
         num_ahead = 0
         for place in range(self._place.get(position, len(self._order)) + 1, len(self._order)):
