@@ -1,5 +1,8 @@
 """Seconds of a collective between ranks, from the links of a Cluster: a latency and bytes over a rate (alpha-beta).
 
+Refused: another kind, a group that cannot be; a missing link is refused by `Cluster.link`. Not modelled: trees, reductions
+inside the network (NCCL takes both for small messages), and what runs at the same time, which is streams.py's. No torch.
+
     n ranks on m nodes, B bytes (of the whole tensor on one rank)      one device sends
     all_to_all                              inside its node            B (n / m - 1) / n
                                             to other nodes             B (n - n / m) / n
@@ -7,15 +10,12 @@
     (rings, one a device of a node)         to other nodes             B (n - 1) / n x m / n
     all_reduce                              reduce_scatter and all_gather after each other
 
-Inside and outside run at once and the slower decides. The bytes are those of Thakur, Rabenseifner and Gropp 2005 (pairwise
-exchange, ring), with a ring through each device's share of the network as NCCL lays them. Latency: that of intra_node once,
-since all peers of a node are reached at once, and that of inter_node for each further node, as public measurements of
-all-to-all on 2 to 32 nodes grow (meta-pytorch/autoparallel, nccl_cost_model.py). All devices of a node run their
-collectives at the same time, so rates are those of `together_bytes_per_s`. A link named after a place and a kind, such as
-"intra_node/all_gather", goes before the plain one: the probe writes what it measured of each kind.
-
-Refused: another kind, a group that does not exist; a missing link is refused by `Cluster.link`. Trees and reductions inside
-the network are not modelled: NCCL takes them for small messages. Nothing here overlaps: streams.py does. No torch.
+The bytes are those of pairwise exchange and of rings (Thakur, Rabenseifner and Gropp 2005), a ring through each device's
+share of the network, as NCCL lays them. What a ring sends inside is counted as if it never left, so that a second node
+makes nothing quicker. Inside and outside run at once and the slower decides. Latency: that of intra_node once, since all
+peers of a node are reached at once, and that of inter_node for each further node, as public measurements of all-to-all on
+2 to 32 nodes grow (meta-pytorch/autoparallel, nccl_cost_model.py). All devices of a node run their collectives at once, so
+`together_bytes_per_s` counts. A link named after a place and a kind, "intra_node/all_gather", goes before the plain one.
 """
 
 from __future__ import annotations
@@ -51,6 +51,11 @@ class Traffic:
     outside_bytes: float  # over its share of the network
 
 
+def halves(kind: str) -> int:
+    """Collectives after each other that one of this kind is made of."""
+    return 2 if kind == "all_reduce" else 1
+
+
 def traffic(kind: str, num_bytes: float, group: Group) -> Traffic:
     """What one device sends in one collective; an all_reduce counts both its halves. UserError for another kind."""
     if kind not in KINDS:
@@ -60,8 +65,7 @@ def traffic(kind: str, num_bytes: float, group: Group) -> Traffic:
     part = num_bytes / n
     if kind == "all_to_all":
         return Traffic(part * (fullest - 1), part * (n - emptiest) if m > 1 else 0.0)
-    times = 2 if kind == "all_reduce" else 1
-    ring = times * part * (n - 1)
+    ring = halves(kind) * part * (n - 1)
     return Traffic(ring if fullest > 1 else 0.0, ring / emptiest if m > 1 else 0.0)
 
 
@@ -77,7 +81,7 @@ def collective_seconds(cluster: Cluster, kind: str, num_bytes: float, group: Gro
     sent = traffic(kind, num_bytes, group)
     if group.num_ranks == 1 or num_bytes <= 0:
         return 0.0
-    rounds = 2 if kind == "all_reduce" else 1
+    rounds = halves(kind)
     inside_s = outside_s = latency_s = 0.0
     if sent.inside_bytes:
         link = _link(cluster, "intra_node", kind)
