@@ -20,8 +20,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 
 from vchitect_fast.cluster import Device
-from vchitect_fast.offload.policy import offload_budget_bytes, step_bytes
-from vchitect_fast.plan import KEEP, Policy
+from vchitect_fast.offload.policy import block_bytes, offload_budget_bytes, step_bytes
+from vchitect_fast.plan import KEEP, Policy, ShardSpec
 from vchitect_fast.workload import DTYPE_BYTES, Workload
 
 GIB = 2**30
@@ -126,14 +126,15 @@ def step_memory(
     return max((moment.memory for moment in found), key=lambda item: item.peak_bytes)
 
 
-def whole_bytes(work: Workload, device: Device, dtype: str) -> list[int]:
-    """What plain autograd saves of each block."""
-    size, layers = DTYPE_BYTES[dtype], work.config.num_layers
-    statistics = 4 if device.kind == "cuda" else size
-    return [
-        work.saved_bytes_per_block(size, last=index == layers - 1, statistics_bytes=statistics)
-        for index in range(layers)
-    ]
+def whole_bytes(work: Workload, device: Device, dtype: str, shard: ShardSpec | None = None) -> list[int]:
+    """What plain autograd saves of each block; of the first, whose text is expanded over the frames, as of the others."""
+    layers = work.config.num_layers
+    blocks = [min(1, layers - 1)] * (layers - 1) + [layers - 1]
+    found = {
+        block: block_bytes(work, Policy.keep(), block, dtype, device_kind=device.kind, shard=shard)
+        for block in set(blocks)
+    }
+    return [sum(item.num_bytes for item in found[block]) for block in blocks]
 
 
 def moments(

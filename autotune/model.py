@@ -28,7 +28,7 @@ from vchitect_fast.autotune.tasks import Microbatch, Prices
 from vchitect_fast.autotune.ways import Way, host_bytes, way, ways
 from vchitect_fast.cluster import Link
 from vchitect_fast.errors import UserError
-from vchitect_fast.plan import Policy
+from vchitect_fast.plan import Policy, ShardSpec
 from vchitect_fast.workload import DTYPE_BYTES, Workload
 
 SAFETY = 0.9  # of the device's memory; the rest is for what memory.py does not count
@@ -91,7 +91,7 @@ class StepModel:
         self._limit_bytes = limit_bytes
         self._work: dict[Layout, _Work] = {}
         self._parts: dict[tuple[Workload, bool], tuple[list[BlockSeconds], Seconds]] = {}
-        self._ways: dict[tuple[Workload, bool, int], dict[Policy, Way]] = {}
+        self._ways: dict[tuple[Workload, ShardSpec, int], dict[Policy, Way]] = {}
 
     def limits(self) -> Limits:
         """Of one rank; a node's host memory is shared by its ranks."""
@@ -105,17 +105,17 @@ class StepModel:
         """Every Policy's price in the first block, in those between, and in the last."""
         blocks = (0, min(1, self.config.num_layers - 1), self.config.num_layers - 1)
         work, parts = self.problem.workload(layout), self._block_parts(layout)[0]
-        first, middle, last = (ways(work, parts[i], i, self.dtype, self.device.kind) for i in blocks)
+        first, middle, last = (ways(work, parts[i], i, self.dtype, self.device.kind, layout.shard) for i in blocks)
         return first, middle, last
 
     def way(self, layout: Layout, policy: Policy, block: int) -> Way:
         """One Policy's price in one block."""
         work, layers = self.problem.workload(layout), self.config.num_layers
         alike = block if block in (0, layers - 1) else 1
-        known = self._ways.setdefault((work, _resharded(layout), alike), {})
+        known = self._ways.setdefault((work, layout.shard, alike), {})
         if policy not in known:
             parts = self._block_parts(layout)[0]
-            known[policy] = way(work, parts[block], policy, block, self.dtype, self.device.kind)
+            known[policy] = way(work, parts[block], policy, block, self.dtype, self.device.kind, layout.shard)
         return known[policy]
 
     def predict(self, layout: Layout, policies: Sequence[Policy]) -> Outcome:
@@ -186,7 +186,8 @@ class StepModel:
                 in_s=(),
             )
             exchange = 2 * into if layout.sp > 1 else 0  # packed, and arrived
-            self._work[key] = _Work(prices, whole_bytes(work, self.device, self.dtype), exchange)
+            whole = whole_bytes(work, self.device, self.dtype, layout.shard)
+            self._work[key] = _Work(prices, whole, exchange)
         return self._work[key]
 
     def _collective_s(self, kind: str, num_bytes: float, group: Group) -> float:
@@ -213,15 +214,19 @@ class StepModel:
         shared = together is not None and min(self.problem.num_devices, self.problem.cluster.num_devices_per_node) > 1
         return alone * link.bytes_per_s / together if shared and together else alone
 
+    def _both_ways(self, name: str) -> float:
+        link = self._link(name)
+        return max(1.0, link.bytes_per_s / link.both_ways_bytes_per_s) if link and link.both_ways_bytes_per_s else 1.0
+
     def _contention(self, layout: Layout) -> Contention:
-        cluster, out = self.problem.cluster, self._link("device_to_host")
-        ways = out.bytes_per_s / out.both_ways_bytes_per_s if out and out.both_ways_bytes_per_s else 1.0
+        cluster = self.problem.cluster
         sp, shards = self.problem.sp_group(layout), self.problem.shard_group(layout)
         same_links = (sp.num_nodes > 1) == (shards.num_nodes > 1)
         return Contention(
             copy=cluster.slowdown.get("copy", 1.0),
             collective=cluster.slowdown.get("collective", 1.0),
-            both_ways=max(1.0, ways),
+            both_out=self._both_ways("device_to_host"),
+            both_in=self._both_ways("host_to_device"),
             both_collectives=2.0 if same_links else 1.0,
         )
 

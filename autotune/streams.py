@@ -47,7 +47,8 @@ class Contention:
 
     copy: float = 1.0  # compute takes so many times as long while a copy runs
     collective: float = 1.0  # and while a collective runs
-    both_ways: float = 1.0  # a copy takes so many times as long while one the other way runs
+    both_out: float = 1.0  # a copy out takes so many times as long while one comes back
+    both_in: float = 1.0  # a copy in, while one goes out
     both_collectives: float = 1.0  # a collective, while one of the other stream uses the same links
 
 
@@ -121,9 +122,9 @@ def _slowed(running: list[int], contention: Contention) -> list[float]:
     out, back = running[OUT] >= 0, running[IN] >= 0
     exchange, gather = running[EXCHANGE] >= 0, running[GATHER] >= 0
     compute = (contention.copy if out or back else 1.0) * (contention.collective if exchange or gather else 1.0)
-    copy = contention.both_ways if out and back else 1.0
+    both_out, both_in = (contention.both_out, contention.both_in) if out and back else (1.0, 1.0)
     collective = contention.both_collectives if exchange and gather else 1.0
-    return [compute, copy, copy, collective, collective]
+    return [compute, both_out, both_in, collective, collective]
 
 
 def _account(

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import product
 
 from vchitect_fast.autotune.block import BlockSeconds
-from vchitect_fast.offload.policy import SLOT_BYTES, block_bytes, without_offload
-from vchitect_fast.plan import ACTIONS, KEEP, OFFLOAD, RECOMPUTE, Policy
+from vchitect_fast.offload.policy import SLOT_BYTES, GroupBytes, block_bytes, without_offload
+from vchitect_fast.plan import ACTIONS, KEEP, OFFLOAD, RECOMPUTE, Policy, ShardSpec
 from vchitect_fast.workload import Workload
 
 MADE_AGAIN = {  # parts of BlockSeconds that recomputing a group costs
@@ -40,14 +40,20 @@ class Way:
     working_bytes: int  # on the device beside what is kept, only while this block is in backward
 
 
-def way(work: Workload, parts: BlockSeconds, policy: Policy, block: int, dtype: str, device_kind: str) -> Way:
+def way(
+    work: Workload, parts: BlockSeconds, policy: Policy, block: int, dtype: str, device_kind: str, shard: ShardSpec
+) -> Way:
     """The price of one Policy of one block; of the last block offloaded groups are kept, as the runtime does."""
-    whole = sum(item.num_bytes for item in block_bytes(work, Policy.keep(), block, dtype, device_kind=device_kind))
+
+    def saved(policy: Policy) -> list[GroupBytes]:
+        return block_bytes(work, policy, block, dtype, device_kind=device_kind, shard=shard)
+
+    whole = sum(item.num_bytes for item in saved(Policy.keep()))
     if block == work.config.num_layers - 1:
         policy = without_offload(policy)
     if policy == Policy.keep():
         return Way(policy, 0.0, whole, 0, 0, 0)
-    groups = block_bytes(work, policy, block, dtype, device_kind=device_kind)
+    groups = saved(policy)
     kept = sum(item.num_bytes for item in groups if item.action == KEEP)
     moved = [size for item in groups if item.action == OFFLOAD for size in item.sizes]
     again = ["cheap", "out"]
@@ -57,9 +63,9 @@ def way(work: Workload, parts: BlockSeconds, policy: Policy, block: int, dtype: 
     return Way(policy, parts.sum(*again).forward_s, kept, sum(moved), slots, max(0, whole - kept))
 
 
-def ways(work: Workload, parts: BlockSeconds, block: int, dtype: str, device_kind: str) -> list[Way]:
+def ways(work: Workload, parts: BlockSeconds, block: int, dtype: str, device_kind: str, shard: ShardSpec) -> list[Way]:
     """Of every Policy, for one block; the same price twice is listed once."""
-    found = (way(work, parts, policy, block, dtype, device_kind) for policy in POLICIES)
+    found = (way(work, parts, policy, block, dtype, device_kind, shard) for policy in POLICIES)
     return list({item.policy: item for item in found}.values())
 
 

@@ -31,9 +31,9 @@ def test_a_copy_behind_compute_is_hidden() -> None:
 
 
 def test_copies_both_ways_share_the_link() -> None:
-    """Both at half speed until the shorter is done: 2 of each by then at 4, the rest alone."""
-    line = simulate([Task("out", OUT, 3), Task("in", IN, 2)], Contention(both_ways=2))
-    assert [task.end_s for task in line.tasks] == [5, 4]
+    """Out at half speed, in at a third: the shorter is done at 4, then 1 is left of the other's 3, alone."""
+    line = simulate([Task("out", OUT, 2), Task("in", IN, 7 / 3)], Contention(both_out=2, both_in=3))
+    assert [task.end_s for task in line.tasks] == pytest.approx([4, 5])
 
 
 def test_compute_is_slower_beside_a_copy_and_the_loss_is_the_copys() -> None:
@@ -79,7 +79,7 @@ def test_every_second_is_compute_or_somebodys(seed: int) -> None:
         Task(str(i), draw.randrange(len(STREAMS)), draw.random(), tuple(draw.sample(range(i), min(i, 2))))
         for i in range(60)
     ]
-    slower = Contention(*(1 + draw.random() for _ in range(4)))
+    slower = Contention(*(1 + draw.random() for _ in range(5)))
     line = simulate(tasks, slower)
     computed = sum(task.seconds for task in tasks if task.stream == COMPUTE)
     assert line.total_s == pytest.approx(computed + sum(line.exposed.values()))
