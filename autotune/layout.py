@@ -7,6 +7,7 @@ Ranks fill the nodes in order: those of an sp group are neighbours, then those o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vchitect_fast.architecture import TransformerConfig
 from vchitect_fast.autotune.collectives import Group
@@ -14,6 +15,9 @@ from vchitect_fast.cluster import Cluster
 from vchitect_fast.plan import ShardSpec
 from vchitect_fast.shapes import VideoShape
 from vchitect_fast.workload import Workload
+
+if TYPE_CHECKING:
+    from vchitect_fast.autotune.calibrate import Calibration
 
 ONE_RANK = Group(1, 1)
 NOT_CUT = ShardSpec()
@@ -70,6 +74,7 @@ class Problem:
     num_devices: int = 1  # ranks of the run
     ema: bool = True
     encode: bool = False  # the codec encodes inside the step: latents are not cached
+    calibration: Calibration | None = None  # what measured steps said about the formulas
     parked: tuple[str, ...] = ()  # plan.PARKABLE: states that lie in host memory between their uses
 
     def workload(self, layout: Layout) -> Workload:

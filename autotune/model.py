@@ -74,6 +74,7 @@ class _Work:
     prices: Prices  # copies are filled in later
     whole: list[int]
     exchange_bytes: int
+    row_bytes: int  # of one [rows, D]
 
 
 class StepModel:
@@ -88,6 +89,9 @@ class StepModel:
         self.problem = problem
         self.device, self.config, self.dtype = problem.cluster.device, problem.config, problem.dtype
         self.rates = rates_of(self.device)
+        self.calibration = problem.calibration
+        if self.calibration:
+            self.calibration.check(model=self.config.fingerprint(), device=self.device.fingerprint(), dtype=self.dtype)
         self._limit_bytes = limit_bytes
         self._work: dict[Layout, _Work] = {}
         self._parts: dict[tuple[Workload, bool], tuple[list[BlockSeconds], Seconds]] = {}
@@ -105,7 +109,10 @@ class StepModel:
         """Every Policy's price in the first block, in those between, and in the last."""
         blocks = (0, min(1, self.config.num_layers - 1), self.config.num_layers - 1)
         work, parts = self.problem.workload(layout), self._block_parts(layout)[0]
-        first, middle, last = (ways(work, parts[i], i, self.dtype, self.device.kind, layout.shard) for i in blocks)
+        first, middle, last = (
+            [self._calibrated(item) for item in ways(work, parts[i], i, self.dtype, self.device.kind, layout.shard)]
+            for i in blocks
+        )
         return first, middle, last
 
     def way(self, layout: Layout, policy: Policy, block: int) -> Way:
@@ -115,8 +122,15 @@ class StepModel:
         known = self._ways.setdefault((work, layout.shard, alike), {})
         if policy not in known:
             parts = self._block_parts(layout)[0]
-            known[policy] = way(work, parts[block], policy, block, self.dtype, self.device.kind, layout.shard)
+            found = way(work, parts[block], policy, block, self.dtype, self.device.kind, layout.shard)
+            known[policy] = self._calibrated(found)
         return known[policy]
+
+    def _calibrated(self, found: Way) -> Way:
+        """What is made again is part of the measured backward."""
+        if not self.calibration:
+            return found
+        return replace(found, again_s=found.again_s * self.calibration.backward / self.calibration.forward)
 
     def predict(self, layout: Layout, policies: Sequence[Policy]) -> Outcome:
         """Time and memory of a step; one Policy a block."""
@@ -145,6 +159,8 @@ class StepModel:
         parked = parked_bytes(self.problem.workload(layout), self.problem.parked, num_shards=layout.num_shards)
         if parked and self.device.kind != "cpu":
             points = self._away(layout, points, line, parked)
+        if self.calibration:
+            points = [(t, replace(m, memory=self.calibration.memory(m.memory, work.row_bytes))) for t, m in points]
         fullest = max((moment for _, moment in points), key=lambda item: item.memory.peak_bytes)
         cost = self._cost(layout, chosen, work, line, other, fullest.memory.peak_bytes)
         memory = tuple((time_s, moment.memory.peak_bytes) for time_s, moment in points)
@@ -157,8 +173,11 @@ class StepModel:
         if (work, twice) not in self._parts:
             middle = block_parts(work, self.rates, self.dtype, text_twice=twice)
             last = block_parts(work, self.rates, self.dtype, last=True, text_twice=twice)
-            parts = [middle] * (self.config.num_layers - 1) + [last]
-            self._parts[work, twice] = parts, ends_seconds(work, self.rates, self.dtype)
+            ends = ends_seconds(work, self.rates, self.dtype)
+            if known := self.calibration:
+                middle, last = (item.scaled(known.forward, known.backward) for item in (middle, last))
+                ends = Seconds(ends.forward_s * known.forward, ends.backward_s * known.backward)
+            self._parts[work, twice] = [middle] * (self.config.num_layers - 1) + [last], ends
         return self._parts[work, twice]
 
     def _work_of(self, layout: Layout) -> _Work:
@@ -187,7 +206,7 @@ class StepModel:
             )
             exchange = 2 * into if layout.sp > 1 else 0  # packed, and arrived
             whole = whole_bytes(work, self.device, self.dtype, layout.shard)
-            self._work[key] = _Work(prices, whole, exchange)
+            self._work[key] = _Work(prices, whole, exchange, volume)
         return self._work[key]
 
     def _collective_s(self, kind: str, num_bytes: float, group: Group) -> float:
@@ -292,9 +311,8 @@ class StepModel:
             backward_s=times * (sum(item.sum().backward_s for item in parts) + ends.backward_s)
             + accumulation_seconds(workload, self.rates, self.dtype, times),
             recompute_s=times * sum(item.again_s for item in chosen),
-            optimizer_s=optimizer_seconds(
-                workload, self.rates, self.dtype, ema=self.problem.ema, num_shards=layout.num_shards
-            ),
+            optimizer_s=(self.calibration.optimizer if self.calibration else 1.0)
+            * optimizer_seconds(workload, self.rates, self.dtype, ema=self.problem.ema, num_shards=layout.num_shards),
             exchange_s=exposed("exchange"),
             gather_s=exposed("gather"),
             copy_s=exposed("out", "in") + self._parked_s(layout),

@@ -11,6 +11,7 @@ import pytest
 from made_up_device import cluster, device
 
 from vchitect_fast.architecture import preset
+from vchitect_fast.autotune.calibrate import Calibration
 from vchitect_fast.autotune.cost import step_cost
 from vchitect_fast.autotune.layout import Layout, Problem
 from vchitect_fast.autotune.memory import GIB, step_memory
@@ -163,6 +164,23 @@ def test_parked_states_are_away_but_for_the_update_and_waited_for() -> None:
     update = StepModel(small).predict(Layout(), policies)
     assert update.fullest.phase == "update"
     assert update.memory.states_bytes == 4 * number + 8 * number + TINY.pos_embed_max_size**2 * TINY.hidden_dim * 4
+
+
+def test_a_calibration_scales_seconds_and_adds_bytes() -> None:
+    made = device(kind="cuda")
+    known = Calibration(
+        TINY.fingerprint(), made.fingerprint(), "float32", extra_bytes=1000, extra_rows=2.0, forward=2.0, backward=3.0,
+        optimizer=5.0, num_points=1, num_timed=1, peak_error=None, step_error=None, source="made up",
+    )  # fmt: skip
+    plain, sharper = problem(gpus(), batch=1), problem(gpus(), batch=1, calibration=known)
+    policies = (AGAIN,) * 3 + (KEPT,) * 3
+    before, after = StepModel(plain).predict(Layout(), policies), StepModel(sharper).predict(Layout(), policies)
+    for name, factor in (("forward_s", 2), ("backward_s", 3), ("recompute_s", 3), ("optimizer_s", 5)):
+        assert after.cost.parts()[name] == pytest.approx(factor * before.cost.parts()[name])
+    rows = plain.workload(Layout()).rows
+    assert after.memory.peak_bytes - before.memory.peak_bytes == 1000 + 2 * rows * TINY.hidden_dim * 4
+    with pytest.raises(UserError, match="the calibration is of dtype float32, this is planned for bfloat16"):
+        StepModel(replace(sharper, dtype="bfloat16"))
 
 
 def test_what_has_no_figure_is_named() -> None:
