@@ -72,8 +72,7 @@ setup(
     packages=packages(),
     package_dir=MAPPED,
     package_data={
-        "vchitect_fast": ["py.typed", "*.pyi", "kernels/tuned/*.json"],
-        "vchitect_fast.autotune": ["clusters/*.yaml"],
+        "vchitect_fast": ["py.typed", "*.pyi", "kernels/tuned/*.json", "clusters/*.yaml"],
         "vchitect_fast.benchmarks": ["results/*.jsonl"],
     },
     ext_modules=[] if skip_extension else [Extension("vchitect_fast._C", sources=[])],

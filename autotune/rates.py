@@ -33,10 +33,10 @@ class Moved:
     backward_wide: float = 0.0
 
 
-# Rotary, eagerly (kernels/reference.py): a pass over one half reads both, since even and odd lie side by side. Forward: 4
-# products (read 1, write 1/2), 2 sums (1, 1/2), a stack (1, 1); backward: the same and a negation, one stack. Narrower
-# dtypes are read and written once, and go through fp32 between: 4 bytes in, 4 out.
-ROTATE_FORWARD, ROTATE_BACKWARD = 4 * 1.5 + 2 * 1.5 + 2, 4 * 1.5 + 1.5 + 2 * 1.5 + 2
+# Rotary, eagerly (kernels/reference.py), in elements: a pass over one half reads both, since even and odd lie side by
+# side. Forward: 4 products (1 read, 1/2 written), 2 sums, a stack; backward: a negation, 3 products and one of what it
+# wrote, 2 sums, a stack. A narrower dtype is widened to fp32 first (4 bytes written) and narrowed at the end (4 read).
+ROTATE_FORWARD, ROTATE_BACKWARD = 4 * 1.5 + 2 * 1.5 + 2, 1.5 + 3 * 1.5 + 1 + 2 * 1.5 + 2
 MOVED = {
     "multiply": Moved(3, 0),  # reads two, writes one; its backward is counted in passes by cost.py
     "gelu": Moved(2, 3),  # backward reads input and gradient, writes one

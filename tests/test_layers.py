@@ -23,7 +23,7 @@ LAYERS = {
     3: "parallel.apply checkpoint checkpoint_writer data metrics",
     2: "model parallel offload.hooks ema optimizer video buckets schedule cache",
     1: "kernels attention offload profiling.span",
-    0: "errors files page members webdataset clips shapes architecture workload cluster machine config plan recipe manifest offload.policy _C",
+    0: "errors files page members webdataset clips shapes architecture workload cluster cluster_yaml machine config plan recipe manifest offload.policy _C",
 }
 NOT_BUILT: list[str] = []  # as that page says
 LAYER_OF = {f"{PACKAGE}.{name}": layer for layer, names in LAYERS.items() for name in names.split()} | {PACKAGE: 0}

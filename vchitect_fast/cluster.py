@@ -1,7 +1,9 @@
 """Cluster, Device, Link: hardware facts with units and the source of each number.
 
-Declared facts come from a data sheet (`source` names it), measured ones from `vchitect-fast autotune probe` (`source` is
-"measured" with the date). Nothing here measures; nothing here guesses: a fact nobody measured is None.
+Measured facts come from `vchitect-fast autotune probe` (JSON; `source` is "measured" with the date), declared ones from a
+YAML file that a person wrote (cluster_yaml.py); some of those are shipped and known by name (clusters/, `known()`).
+Nothing here measures; nothing here guesses: a fact that nobody measured is None. Refused: a number below zero, an unknown
+field (the nearest is named), a file of another schema.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import bisect
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,16 @@ from typing import Any
 from vchitect_fast.errors import UserError, unknown_name
 from vchitect_fast.files import write_text
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 1  # a field that came later has a default, so that older files are read
+SHIPPED = Path(__file__).parent / "clusters"
 LINKS = ("device_to_host", "host_to_device", "intra_node", "inter_node", "disk")
+COLLECTIVES = (
+    "all_to_all",
+    "all_gather",
+    "reduce_scatter",
+    "all_reduce",
+)  # "intra_node/all_gather" is a link of its own
+SLOWDOWNS = ("copy", "collective")
 
 
 @dataclass(frozen=True)
@@ -71,9 +82,7 @@ class Device:
     name: str  # as the driver or /proc/cpuinfo gives it
     kind: str  # "cuda" | "cpu"
     memory_bytes: int  # of the device; for a CPU, main memory that this process may use
-    matmul_flops: dict[str, float] = field(
-        default_factory=dict
-    )  # achieved FLOP/s on large square matmuls, by dtype name
+    matmul_flops: dict[str, float] = field(default_factory=dict)  # achieved FLOP/s of large square matmuls, by dtype
     memory_bytes_per_s: float | None = None  # copy, read + write
     num_threads: int = 1  # CPU threads used while measuring; 1 for a GPU
     attention_flops: dict[str, float] = field(default_factory=dict)  # achieved FLOP/s of scaled_dot_product_attention
@@ -86,6 +95,20 @@ class Device:
     matmul_points: tuple[MatmulPoint, ...] = ()
     pressure_fraction: float | None = None  # of memory; above it the allocator gives memory back and takes it again
     remap_s_per_gib: float | None = None  # what one GiB given back and taken again costs
+
+    def __post_init__(self) -> None:
+        where = f"device {self.name!r}"
+        positive = ("memory_bytes", "memory_bytes_per_s", "num_threads", "op_overhead_s", "pressure_fraction")
+        _check(where, self, positive=positive, rest=("process_bytes", "remap_s_per_gib", "fit_error"))
+        for rates in (self.matmul_flops, self.attention_flops):
+            for dtype, rate in rates.items():
+                _check_number(f"the FLOP/s of {where} in {dtype}", rate, above_zero=True)
+        for point in (*self.attention_points, *self.matmul_points):
+            _check(f"{type(point).__name__} of {where}", point, positive=[n for n in vars(point) if n != "dtype"])
+        if self.pressure_fraction is not None and self.pressure_fraction > 1:
+            raise UserError(
+                f"pressure_fraction of {where} must be in (0, 1], got {self.pressure_fraction}; correct it."
+            )
 
     @property
     def memory_gib(self) -> int:
@@ -106,13 +129,22 @@ class Link:
     the largest it is the largest's, below the smallest the smallest's. Without points it is `bytes_per_s` at every size.
     """
 
-    name: str  # one of LINKS in a Cluster
+    name: str  # one of LINKS, or a place and a collective, as "intra_node/all_gather"
     bytes_per_s: float  # of one device, one way, alone, large messages
     latency_s: float
     source: str
     both_ways_bytes_per_s: float | None = None  # each way, when both run; None: not known
     together_bytes_per_s: float | None = None  # of each device, when all of a node run; None: not known
     points: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        where = f"link {self.name!r}"
+        _check(
+            where, self, positive=("bytes_per_s", "both_ways_bytes_per_s", "together_bytes_per_s"), rest=("latency_s",)
+        )
+        for size, rate in self.points:
+            _check_number(f"a point of {where}", size, above_zero=True)
+            _check_number(f"a point of {where}", rate, above_zero=True)
 
     def seconds(self, num_bytes: float) -> float:
         """Of one message, alone: latency + bytes / rate; nothing to send takes no time."""
@@ -139,10 +171,17 @@ class Cluster:
     num_devices_per_node: int = 1
     host_memory_bytes: int = 0  # of one node
     links: tuple[Link, ...] = ()
-    slowdown: dict[str, float] = field(
-        default_factory=dict
-    )  # compute takes so many times as long while a "copy" | "collective" runs
+    slowdown: dict[str, float] = field(default_factory=dict)  # of compute while a "copy" | "collective" runs; 1.0: none
     codec_flops: float | None = None  # achieved FLOP/s of the VAE encoder
+    sources: dict[str, str] = field(default_factory=dict)  # of the facts of a YAML file, by their place in it
+
+    def __post_init__(self) -> None:
+        where = f"cluster {self.name!r}"
+        _check(where, self, positive=("num_nodes", "num_devices_per_node", "codec_flops"), rest=("host_memory_bytes",))
+        for what, factor in self.slowdown.items():
+            if what not in SLOWDOWNS:
+                raise unknown_name("slowdown", what, SLOWDOWNS)
+            _check_number(f"slowdown {what!r} of {where}", factor, above_zero=True)
 
     @property
     def num_devices(self) -> int:
@@ -150,7 +189,7 @@ class Cluster:
         return self.num_nodes * self.num_devices_per_node
 
     def link(self, name: str) -> Link:
-        """The link of that name; UserError when the cluster has none, ValueError's kin for a name outside LINKS."""
+        """The link of that name, one of LINKS; UserError when the cluster has none."""
         if name not in LINKS:
             raise unknown_name("link", name, LINKS)
         for link in self.links:
@@ -183,6 +222,8 @@ class Cluster:
                 {**link, "points": tuple(tuple(p) for p in link.get("points", ()))} for link in values.get("links", ())
             )
             return cls(device=Device(**device), links=tuple(Link(**link) for link in links), **rest)
+        except UserError:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"this is not a cluster file ({error}); run `vchitect-fast autotune probe` again."
@@ -194,12 +235,50 @@ class Cluster:
 
     @classmethod
     def load(cls, path: str | Path) -> Cluster:
-        """Read a cluster JSON; UserError when the file is absent or is not JSON."""
+        """Read the probe's JSON, a YAML file, or the shipped cluster of that name.
+
+        path  ends in .json, .yaml or .yml; anything else is a name, one of `known()`
+
+        UserError when the file is absent, damaged, of another schema, or the name is unknown.
+        """
+        path = Path(path)
+        if path.suffix not in (".json", ".yaml", ".yml"):
+            if str(path) not in known():
+                raise unknown_name("cluster", str(path), known())
+            path = SHIPPED / f"{path}.yaml"
+        remedy = "run `vchitect-fast autotune probe`" if path.suffix == ".json" else "give a file that is there"
         try:
-            return cls.from_json(json.loads(Path(path).read_text()))
+            text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(
-                f"cannot read the cluster file {path} ({error.strerror}); run `vchitect-fast autotune probe` first."
+                f"cannot read the cluster file {path} ({error.strerror}); {remedy}, or name one of {', '.join(known())}."
             ) from None
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not text; {remedy}.") from None
+        if path.suffix != ".json":
+            from vchitect_fast.cluster_yaml import from_yaml
+
+            return from_yaml(text, str(path))
+        try:
+            return cls.from_json(json.loads(text))
         except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not JSON ({error}); run `vchitect-fast autotune probe` again.") from None
+            raise UserError(f"{path} is not JSON ({error}); {remedy} again.") from None
+
+
+def known() -> tuple[str, ...]:
+    """Names of the shipped clusters."""
+    return tuple(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
+
+
+def _check(where: str, facts: object, *, positive: Sequence[str], rest: Sequence[str] = ()) -> None:
+    for name in (*positive, *rest):
+        value = getattr(facts, name)
+        if value is not None:
+            _check_number(f"{name} of {where}", value, above_zero=name in positive)
+
+
+def _check_number(what: str, value: Any, *, above_zero: bool) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value < 0 or (above_zero and value == 0):
+        bound = "above 0" if above_zero else "0 or more"
+        raise UserError(f"{what} must be a number {bound}, got {value!r}; correct the cluster's file.")
