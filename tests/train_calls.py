@@ -1,12 +1,15 @@
-"""A training run's part of one rank, for ranks that are up already (ranks.py): no start, no import, no launcher."""
+"""A rank's part of a training run, or of `memory explain`, for ranks that are up already (ranks.py): no start, no import, no launcher."""
 
 from __future__ import annotations
 
+from typing import Any
 from unittest.mock import patch
 
 import torch
 
+from vchitect_fast.architecture import TransformerConfig
 from vchitect_fast.config import TrainConfig
+from vchitect_fast.memory import explain, to_json
 from vchitect_fast.parallel.mesh import make_mesh
 from vchitect_fast.parallel.shard import local_shard
 from vchitect_fast.plan import Plan
@@ -36,3 +39,12 @@ def parked(file: str) -> set[tuple[int, int]]:
     with patch.object(Step, "_microbatch", watched):
         trained(file)
     return seen
+
+
+def explained(plans: list[Plan], model: TransformerConfig) -> list[dict[str, Any]]:
+    """What `memory explain` finds on this rank, for the first entry of each Plan."""
+    found = []
+    for plan in plans:
+        mesh = make_mesh(plan.mesh, plan.fsdp_group, torch.device("cpu"))
+        found.append(to_json(explain(plan, plan.entries[0], model, mesh)))
+    return found

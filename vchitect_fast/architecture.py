@@ -85,20 +85,18 @@ class TransformerConfig:
         """Twelve hex digits that change when any size changes; a Plan carries it."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
-    def num_parameters(self) -> int:
-        """Trainable parameters, counted by the state-dict names of the release."""
-        d, p2c = self.hidden_dim, self.patch_size**2 * self.in_channels
-        square, bias = d * d, d
-        block = 43 * square + 37 * bias  # 15 attention, 6 + 6 modulation, 8 + 8 feed-forward
-        without_text_output = 13 * square + 10 * bias  # last block: no to_add_out, no ff_context, 2D modulation
-        embed = (
-            (p2c + 1) * d
-            + (256 + self.pooled_projection_dim + 2) * d
-            + 2 * (square + bias)
-            + (self.joint_attention_dim + 1) * d
-        )
-        output = 2 * (square + bias) + p2c * d + p2c
-        return self.num_layers * block - without_text_output + embed + output
+    def num_parameters(self, num_shards: int = 1) -> int:
+        """Trainable parameters, counted by the state-dict names of the release.
+
+        num_shards  ranks over which dim 0 of each is cut (FSDP2); those of the first rank, which has most
+        """
+        d, patch = self.hidden_dim, self.patch_size**2 * self.in_channels
+        mlp = [(4 * d, d), (d, 4 * d)]
+        block = [(d, d)] * 15 + [(6 * d, d)] * 2 + mlp * 2  # (out, in): attention, modulation, feed-forward
+        last = [(d, d)] * 14 + [(6 * d, d), (2 * d, d)] + mlp  # no to_add_out, no ff_context, 2D modulation
+        embed = [(d, patch), (d, 256), (d, self.pooled_projection_dim), (d, self.joint_attention_dim)] + [(d, d)] * 2
+        linears = (self.num_layers - 1) * block + last + embed + [(2 * d, d), (patch, d)]
+        return sum(-(-rows // num_shards) * (columns + 1) for rows, columns in linears)
 
 
 # sample_size and pos_embed_max_size of the 2B preset are SD3-medium's, from which it is initialised.

@@ -6,26 +6,31 @@ pytest tests/offload/test_memory_explain.py
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from offloading import ALL, NANO
+from ranks import ranks
+from sequence_cases import FRAMES, HEADS, ROWS
 
 from vchitect_fast.architecture import preset
 from vchitect_fast.cli import main
 from vchitect_fast.machine import this_device
-from vchitect_fast.plan import Plan, PlanEntry, Policy, Prediction
+from vchitect_fast.plan import PARKABLE, Plan, PlanEntry, Policy, Prediction
 
 pytest.importorskip("vchitect_fast._C", reason="built with VCHITECT_FAST_EXT=0")
 MIXED = (ALL, Policy("keep", "recompute", "keep", "offload", "offload"))
 
 
-def plan_of(folder: Path, model: str, shape: str, policies: tuple[Policy, ...]) -> Path:
+def plan_of(folder: Path, model: str, shape: str, policies: tuple[Policy, ...], **fields: Any) -> Path:
     config, device = preset(model), this_device()
     entry = PlanEntry(shape, policies, 2, 1, Prediction(1.0, {}, 1.0, {}, "made up for a test"))
     path = folder / "plan.json"
     plan = Plan(
-        config.fingerprint(), device.fingerprint(), device.name, "float32", 5, (entry,), device_threads=device.num_threads
+        config.fingerprint(), device.fingerprint(), device.name, "float32", 5, (entry,),
+        device_threads=device.num_threads, **fields,
     )  # fmt: skip
     plan.save(path)
     return path
@@ -72,6 +77,81 @@ def test_the_2b_model_is_explained_without_running_it(tmp_path: Path, capsys: py
     assert "1 to 22" in printed and "not measured" in printed
     assert main(["memory", "explain", "--plan", str(plan), "--model", "vchitect-2b", "--no-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["engine"] is None
+
+
+def test_parked_states_stand_beside_the_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """To the byte, in the table and as bars of their own; the blocks' bytes are the same as without."""
+    found = {}
+    for parked in ((), ("optimizer", "average")):
+        plan = plan_of(tmp_path, "vchitect-nano", "4x32x32", MIXED, parked=parked)
+        assert main(["memory", "explain", "--plan", str(plan), "--model", "vchitect-nano", "--json"]) == 0
+        found[parked] = json.loads(capsys.readouterr().out)
+    assert found[()]["parked"] == []
+    assert found[parked]["rows"] == found[()]["rows"]
+    number = NANO.num_parameters()
+    sizes = {row["name"]: (row["predicted_bytes"], row["measured_bytes"]) for row in found[parked]["parked"]}
+    assert sizes == {"optimizer": (8 * number,) * 2, "average": (4 * number,) * 2}
+    picture = tmp_path / "memory.svg"
+    command = ["memory", "explain", "--plan", str(plan), "--model", "vchitect-nano", "--picture", str(picture)]
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    [optimizer] = [line.split() for line in lines if "optimizer" in line]
+    assert optimizer[:3] == ["state", "optimizer", "parked"] and optimizer[-2:] == ["+0", "B"]
+    assert any(line.startswith("parked: predicted") for line in lines)
+    assert "MiB of a block or of a parked state, predicted" in picture.read_text()
+
+
+def test_on_ranks_the_first_one_is_predicted_exactly(tmp_path: Path) -> None:
+    """Shares of the sequence, what exchanges bring, and shards of the parked states, uneven all of them."""
+    config = replace(NANO, num_layers=4, num_attention_heads=3, caption_projection_dim=24)
+    moves, keeps = (
+        (ALL, MIXED[1], Policy.keep(), ALL),
+        (Policy.keep(), Policy.recompute(), Policy.keep(), Policy.keep()),
+    )
+    plan = Plan.load(
+        plan_of(
+            tmp_path,
+            "vchitect-nano",
+            "4x32x48",
+            moves,
+            mesh={"dp_replicate": 1, "dp_shard": 1, "sp": 3},
+            fsdp_group="global",
+        )
+    )
+    plans = [
+        replace(plan, parked=parked, entries=(replace(plan.entries[0], shard=shard, policy=policy),))
+        for shard, policy, parked in ((FRAMES, moves, ()), (HEADS, moves, PARKABLE), (ROWS, keeps, PARKABLE))
+    ]
+    first = ranks(3).run("train_calls:explained", plans, config)[0]
+    for plan, found in zip(plans, first, strict=True):
+        [entry] = plan.entries
+        rows = [*found["rows"], *found["parked"]]
+        assert len({row["block"] for row in found["rows"]}) == config.num_layers
+        wrong = [
+            r for r in rows if r.get("action") != "recompute" and not r["predicted_bytes"] == r["measured_bytes"] > 0
+        ]
+        assert not wrong, (entry.shard, wrong)
+        engine = found["engine"]
+        if entry.policy == moves:
+            assert engine["high_water_bytes"] == engine["budget_bytes"] > 0
+        parked = {row["name"]: row["measured_bytes"] for row in found["parked"]}
+        assert parked.keys() == set(plan.parked)
+        if parked:  # 64 rows make 22, 22 and 20
+            assert parked["optimizer"] == 2 * parked["average"] > 8 * config.num_parameters() // 3
+
+
+def test_one_process_measures_no_plan_for_many_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"dp_replicate": 1, "dp_shard": 2, "sp": 2}
+    path = plan_of(tmp_path, "vchitect-nano", "4x32x32", MIXED, mesh=sizes, fsdp_group="global", parked=("average",))
+    plan = Plan.load(path)
+    replace(plan, entries=(replace(plan.entries[0], shard=FRAMES),)).save(path)
+    command = ["memory", "explain", "--plan", str(path), "--model", "vchitect-nano"]
+    assert main(command) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "for 4 ranks and one process cannot run its part alone; add --no-run" in said
+    assert "torchrun --nproc-per-node=4 -m vchitect_fast.cli memory explain" in said
+    assert main([*command, "--no-run"]) == 0
+    assert "4x32x32, 2 samples, float32, the first of 4 ranks" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
