@@ -105,6 +105,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cluster",
         help="measurements of a machine, JSON; read where it exists (default: cluster.json beside --out, measured anew)",
     )
+    parser.add_argument(
+        "--manifest",
+        help="clips, as `train` takes them: the probe reads and decodes some of them (default: disk and decoding not measured)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
@@ -143,7 +147,9 @@ def _probe_and_plan(args: argparse.Namespace) -> None:
         _check_here(cluster, args.cluster)
     else:
         check_place(args.out)
-        cluster = _measure(args.cluster or str(Path(args.out).with_name("cluster.json")), args.json)
+        cluster = _measure(args.cluster or str(Path(args.out).with_name("cluster.json")), args.json, args.manifest)
+        if cluster is None:
+            return
     limit = cluster.device.memory_bytes
     if cluster.device.kind == "cpu":  # other programs hold part of main memory
         limit = min(limit, available_memory_bytes())
@@ -151,8 +157,8 @@ def _probe_and_plan(args: argparse.Namespace) -> None:
 
 
 def _probe(args: argparse.Namespace) -> None:
-    cluster = _measure(args.cluster or "cluster.json", args.json)
-    if args.json:
+    cluster = _measure(args.cluster or "cluster.json", args.json, args.manifest)
+    if args.json and cluster is not None:
         print(json.dumps(cluster.to_json()))
 
 
@@ -221,10 +227,13 @@ def _shapes(args: argparse.Namespace) -> list[VideoShape]:
     return shapes
 
 
-def _measure(path: str, quiet: bool) -> Cluster:
-    from vchitect_fast.autotune.probe import probe
+def _measure(path: str, quiet: bool, manifest: str | None) -> Cluster | None:
+    """None on every rank but the first, which alone goes on."""
+    from vchitect_fast.autotune.probe import is_first, probe
 
-    cluster = probe(progress=not quiet)
+    cluster = probe(progress=not quiet, manifest=manifest)
+    if not is_first():
+        return None
     cluster.save(path)
     device = cluster.device
     rates = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in device.matmul_flops.items())

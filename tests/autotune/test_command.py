@@ -44,7 +44,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_bare_measures_plans_and_writes_both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(probe, "probe", lambda progress: cluster())
+    monkeypatch.setattr(probe, "probe", lambda progress, manifest: cluster())
     out = tmp_path / "deep" / "plan.json"
     assert main(["autotune", *PLAN, "--out", str(out)]) == 0
     assert Cluster.load(out.with_name("cluster.json")) == cluster()

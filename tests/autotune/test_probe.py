@@ -1,4 +1,4 @@
-"""The probe on this machine, with a grid of tiny sizes: complete, positive, readable again, and usable by the planner.
+"""The probe on this machine, one process, with tiny sizes: complete, positive, readable again, and usable by the planner.
 
 pytest tests/autotune/test_probe.py; no figure is compared with an expectation, machines differ.
 """
@@ -8,25 +8,23 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from probe_cases import SMALL
 
 from vchitect_fast.architecture import preset
-from vchitect_fast.autotune.probe import Grid, probe
+from vchitect_fast.autotune.probe import probe
 from vchitect_fast.autotune.rates import Rates
 from vchitect_fast.autotune.search import plan_run
 from vchitect_fast.cluster import Cluster
+from vchitect_fast.errors import UserError
 from vchitect_fast.machine import available_memory_bytes, host_memory_bytes, resident_bytes, this_device
 from vchitect_fast.shapes import VideoShape
 
-SMALL = Grid(
-    rows=(8, 64), widths=(16, 64), attention_rows=(64, 128), attention_width=64, lengths=(8, 16), elements=(1024, 4096),
-    square=64, copy_bytes=2**16, held_out_linear=((32, 32),), held_out_attention=((96, 12),), held_out_elements=(2048,),
-    pool_bytes=2**20, seconds_per_point=0.0,
-)  # fmt: skip
+SAID: list[str] = []
 
 
 @pytest.fixture(scope="module")
 def measured() -> Cluster:
-    return probe(progress=False, grid=SMALL)
+    return probe(progress=False, sizes=SMALL, say=SAID.append)
 
 
 def test_facts_have_units_and_a_source(measured: Cluster) -> None:
@@ -56,6 +54,21 @@ def test_every_op_has_a_whole_grid(measured: Cluster) -> None:
         assert all(t.forward_s > 0 and t.num_repeats >= 3 for found in points.values() for t in found)
         assert all(t.backward_s > 0 for op, found in points.items() for t in found if op != "multiply")
     Rates(device)  # refuses an incomplete grid
+
+
+def test_links_of_one_process(measured: Cluster) -> None:
+    """Host memory each way; what needs ranks or clips is left out, and said."""
+    assert [link.name for link in measured.links] == ["device_to_host", "host_to_device"]
+    for link in measured.links:
+        assert len(link.points) == len(SMALL.copies) and link.both_ways_bytes_per_s > 0
+        assert link.together_bytes_per_s is None
+        for words in ("measured 20", "median of", "spread", "the pool is set up in"):
+            assert words in link.source
+    assert measured.codec_flops is None
+    for words in ("one rank; start one a device", "no clips are given; give --manifest"):
+        assert any(words in line for line in SAID)
+    with pytest.raises(UserError, match="no link 'intra_node'"):
+        measured.link("intra_node")
 
 
 def test_reads_back_and_plans(measured: Cluster, tmp_path: Path) -> None:
