@@ -167,6 +167,12 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path, path: str, content: str 
     assert message in str(caught.value)
 
 
+def test_a_file_without_an_ending_is_no_name(tmp_path: Path) -> None:
+    cluster().save(tmp_path / "cluster")
+    with pytest.raises(UserError, match="expected a cluster file that ends in .json, .yaml or .yml, got"):
+        Cluster.load(tmp_path / "cluster")
+
+
 def test_negative_numbers_are_refused_from_json_too() -> None:
     values = cluster().to_json()
     values["device"]["memory_bytes"] = -1

@@ -70,5 +70,7 @@ def test_the_wheel_holds_only_our_package(tmp_path: Path) -> None:
     for name in MAPPED:
         assert f"vchitect_fast/{name}/__init__.py" in names
     assert "vchitect_fast/py.typed" in names
+    shipped = [f"vchitect_fast/clusters/{file.name}" for file in (ROOT / "vchitect_fast" / "clusters").glob("*.yaml")]
+    assert len(shipped) >= 8 and [name for name in shipped if name not in names] == []
     ours = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "vchitect_fast").rglob("*.py"))
     assert [name for name in ours if name not in names] == []

@@ -244,6 +244,10 @@ class Cluster:
         path = Path(path)
         if path.suffix not in (".json", ".yaml", ".yml"):
             if str(path) not in known():
+                if path.is_file():
+                    raise UserError(
+                        f"expected a cluster file that ends in .json, .yaml or .yml, got {path}; rename it."
+                    )
                 raise unknown_name("cluster", str(path), known())
             path = SHIPPED / f"{path}.yaml"
         remedy = "run `vchitect-fast autotune probe`" if path.suffix == ".json" else "give a file that is there"
