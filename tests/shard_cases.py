@@ -70,6 +70,8 @@ def train(mesh: Mesh, case: dict[str, Any]) -> dict[str, Any]:
     engine = Engine(8 * MIB) if any(offloads(item) for item in policy) else None
     model.saving = Saving(engine, keep_last=0)
     model.set_policy(policy)
+    model.set_chunks(case.get("num_chunks", 1))
+    model.set_kernels(case.get("kernels"))
     shard(model, list(model.transformer_blocks), mesh, compute_dtype=compute)
     optimizer = MasterAdamW(model, weight_decay=0.1, betas=(0.9, 0.95), dtype=compute)
     ema = EMA(optimizer.masters, 0.5)

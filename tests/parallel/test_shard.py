@@ -36,6 +36,9 @@ CASES: list[tuple[tuple[int, int, int], int, int, dict[str, Any]]] = [
     ((2, 2, 1), 1, 2, {"keep_gathered": True}),
     ((2, 1, 2), 2, 1, {"policy": (INPUT, RECOMPUTE)}),
     ((1, 2, 2), 1, 2, {"policy": (MIXED, ALL), "keep_gathered": True}),
+    ((1, 2, 1), 1, 2, {"kernels": "reference"}),  # hand-written blocks: the same answer to rounding
+    ((1, 2, 2), 1, 2, {"kernels": "reference", "policy": (MIXED, ALL)}),
+    ((1, 2, 1), 1, 2, {"num_chunks": 2, "policy": (RECOMPUTE, INPUT)}),
 ]
 
 

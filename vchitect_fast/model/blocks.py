@@ -197,8 +197,15 @@ class Block(nn.Module):
         temb_BD: Tensor,
         backend: dict[str, str],
         sharding: Sharding = WHOLE,
+        instead: Callable[..., tuple[Tensor, Tensor | None]] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """`backend` names the attention backend of each branch (attention.py); `sharding` says what this rank's rows are."""
+        """`backend` names the attention backend of each branch (attention.py); `sharding` says what this rank's rows are.
+
+        instead   another way to compute this block, called as instead(self, x, c, temb): the module is called all the same,
+                  so that whoever hooks it (FSDP2 gathers its parameters so) is asked
+        """
+        if instead is not None:
+            return instead(self, x_BTSD, c_BTND, temb_BD)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.norm1(temb_BD)
         text = self.norm1_context(temb_BD)
         shift_c, scale_c = (

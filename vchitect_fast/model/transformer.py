@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -197,14 +197,18 @@ class VchitectTransformer(nn.Module):
         for index, policy in enumerate(effective(self.policy, saving.keep_last)):
             block = cast(Block, self.transformer_blocks[index])
             if kernels and self.num_chunks == 1:
-                by_hand = partial(handwritten_block, block, impl=kernels)
+
+                def by_hand(x: Tensor, c: Tensor, temb: Tensor, block: Block = block, **how: Any) -> Any:
+                    instead = partial(handwritten_block, impl=kernels, **how)
+                    return block(x, c, temb, self.attention_backend, instead=instead)
+
                 with span("forward/block"):
                     x, c = saving.run_grouped(by_hand, policy, index, saved_pass, x, c, temb)
                 continue
+            run = partial(block, backend=self.attention_backend, sharding=sharding)
             if self.num_chunks > 1:
-                run = partial(chunked_block, block, backend=self.attention_backend, num_chunks=self.num_chunks)
-            else:
-                run = partial(block, backend=self.attention_backend, sharding=sharding)
+                instead = partial(chunked_block, backend=self.attention_backend, num_chunks=self.num_chunks)
+                run = partial(block, backend=self.attention_backend, instead=instead)
             with span("forward/block"):
                 x, c = saving.run_block(run, policy, index, saved_pass, x, c, temb)
         saving.before_backward(saved_pass, x)

@@ -11,7 +11,7 @@ The loop that follows, for all of them:
     optimizer.step(rate, clip_norm)                   MasterAdamW(model, ...), made after this
 
 Sequence parallelism is for our model only. Refused: a Plan for another mesh; a cut sequence where nothing shares it, and the
-other way round; chunks and hand-written blocks, which take parameters without FSDP2's knowledge. Nothing is chosen here.
+other way round; of a cut sequence, chunks and hand-written blocks. Nothing is chosen here.
 """
 
 from __future__ import annotations
@@ -39,15 +39,13 @@ def parallelize(model: VchitectTransformer, plan: Plan, mesh: Mesh) -> None:
     Without ranks (ALONE) it only refuses what the Plan cannot have: the optimizer casts the model then.
     """
     # 1. What no step could obey is refused before the first.
-    check(plan, mesh, model)
+    check(plan, mesh)
     for entry in plan.entries:
         obey(model, entry, mesh)
     # 2. Every rank starts from the weights of rank 0.
     start_alike(model, mesh)
-    # 3. Parameters in shards, outermost: around recomputation and offload, which a block applies when it is called. That is
-    # blocks.py's block, also where hand-written ones are the default.
-    if mesh.fsdp is not None:
-        model.set_kernels(None)
+    # 3. Parameters in shards, outermost: around recomputation and offload, which a block applies when it is called, and around
+    # whatever computes the block.
     shard(model, list(model.transformer_blocks), mesh, compute_dtype=getattr(torch, plan.compute_dtype))
 
 
@@ -99,8 +97,8 @@ def parallelize_blocks(
     shard(model, blocks, mesh, compute_dtype=compute_dtype, cast_inputs=True)
 
 
-def check(plan: Plan, mesh: Mesh, model: VchitectTransformer) -> None:
-    """UserError where the Plan, the mesh and the model do not go together; the message says which two."""
+def check(plan: Plan, mesh: Mesh) -> None:
+    """UserError where the Plan and the mesh do not go together; the message says how."""
     if plan.mesh != mesh.sizes:
         raise UserError(
             f"this Plan is for the mesh {plan.mesh}, the ranks make {mesh.sizes}; start the ranks that it says."
@@ -110,11 +108,6 @@ def check(plan: Plan, mesh: Mesh, model: VchitectTransformer) -> None:
         if (axis == "batch") != (sp == 1):
             raise UserError(
                 f"the Plan's {entry.shape} cuts the sequence by {axis} over sp {sp}; an sp above 1 needs frames or tokens, sp 1 batch."
-            )
-        if mesh.fsdp is not None and (entry.num_chunks > 1 or model.kernels):
-            raise UserError(
-                f"sharded parameters go with whole blocks of plain torch, got {entry.num_chunks} chunks for {entry.shape} and "
-                f"kernels {model.kernels!r}; plan one chunk and set_kernels(None)."
             )
 
 
