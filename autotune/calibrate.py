@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from vchitect_fast.autotune.ledger import Pair
+from vchitect_fast.autotune.ledger import Expectation, Pair
 from vchitect_fast.autotune.memory import GIB, StepMemory
 from vchitect_fast.errors import UserError
 from vchitect_fast.files import write_text
@@ -76,6 +76,14 @@ class Calibration:
             process_bytes=found.process_bytes + self.extra_bytes,
             working_bytes=found.working_bytes + round(self.extra_rows * row_bytes),
         )
+
+    def peak_gib(self, expected: Expectation) -> float:
+        """The peak of a prediction that was made without this calibration."""
+        return expected.predicted.peak_gib + (self.extra_bytes + self.extra_rows * expected.row_bytes) / GIB
+
+    def step_s(self, expected: Expectation) -> float:
+        """Its step time; exposed waiting as it was predicted."""
+        return _scaled_step_s(expected, (self.forward, self.backward, self.optimizer))
 
     def words(self) -> str:
         """For a Prediction's confidence."""
@@ -188,15 +196,15 @@ def _factors(points: Sequence[Pair]) -> tuple[float, float, float]:
     """Measured / predicted of forward, backward and optimizer."""
     ratios: dict[str, list[float]] = {"forward_s": [], "backward_s": [], "optimizer_s": []}
     for pair in points:
-        for name, predicted in _compute(pair).items():
+        for name, predicted in _compute(pair.expected).items():
             ratios[name].append(pair.found.measured[name] / predicted)
     forward, backward, optimizer = (median(found) if found else 1.0 for found in ratios.values())
     return forward, backward, optimizer
 
 
-def _compute(pair: Pair) -> dict[str, float]:
+def _compute(expected: Expectation) -> dict[str, float]:
     """Predicted seconds as the log measures them, exposed waiting left out."""
-    parts = pair.expected.predicted.step_parts_s
+    parts = expected.predicted.step_parts_s
     return {
         "forward_s": parts["forward_s"],
         "backward_s": sum(parts.get(name, 0.0) for name in RECOMPUTED),
@@ -218,7 +226,10 @@ def _peak_error(pair: Pair, others: Sequence[Pair]) -> float:
 
 
 def _step_error(pair: Pair, others: Sequence[Pair]) -> float:
-    seconds = _compute(pair)
-    other = pair.expected.predicted.step_s - sum(seconds.values())
-    predicted = other + sum(seconds[name] * factor for name, factor in zip(seconds, _factors(others), strict=True))
-    return predicted / pair.found.measured["step_s"] - 1
+    return _scaled_step_s(pair.expected, _factors(others)) / pair.found.measured["step_s"] - 1
+
+
+def _scaled_step_s(expected: Expectation, factors: tuple[float, float, float]) -> float:
+    seconds = _compute(expected)
+    waiting = expected.predicted.step_s - sum(seconds.values())
+    return waiting + sum(value * factor for value, factor in zip(seconds.values(), factors, strict=True))

@@ -75,6 +75,15 @@ def test_seconds_have_a_factor_for_each_part() -> None:
     assert found.backward == pytest.approx(5.0 / (5 + 1))  # the log's backward holds what is made again
     assert found.optimizer == pytest.approx(1.0)
     assert found.num_timed == 3
+    assert found.step_s(measured().expected) == pytest.approx(2 * 2.0 + 6 * 5 / 6 + 2)
+
+
+def test_figures_of_a_prediction_and_of_the_step_model_agree() -> None:
+    found = calibrate([measured()], "made up")
+    for shape in (SMALL, LARGE):
+        assert found.peak_gib(pair(shape).expected) == pytest.approx(predicted_peak_gib(found, shape), rel=1e-6)
+    waiting = pair(SMALL, predicted={"backward_s": 3.0, "copy_s": 2.0}).expected
+    assert found.step_s(waiting) == pytest.approx(2 * 1.5 + 4 * 5 / 6 + 2 + 2.0)
 
 
 def test_exposed_waiting_belongs_to_no_factor() -> None:
