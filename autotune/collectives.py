@@ -22,10 +22,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vchitect_fast.cluster import Cluster, Link
+from vchitect_fast.cluster import COLLECTIVES, Cluster, Link
 from vchitect_fast.errors import UserError, unknown_name
-
-KINDS = ("all_to_all", "all_gather", "reduce_scatter", "all_reduce")
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,8 @@ def halves(kind: str) -> int:
 
 def traffic(kind: str, num_bytes: float, group: Group) -> Traffic:
     """What one device sends in one collective; an all_reduce counts both its halves. UserError for another kind."""
-    if kind not in KINDS:
-        raise unknown_name("collective", kind, KINDS)
+    if kind not in COLLECTIVES:
+        raise unknown_name("collective", kind, COLLECTIVES)
     n, m = group.num_ranks, group.num_nodes
     fullest, emptiest = -(-n // m), n // m
     part = num_bytes / n

@@ -22,7 +22,6 @@ from datetime import UTC, datetime
 
 import torch
 
-from vchitect_fast.autotune.collectives import KINDS
 from vchitect_fast.autotune.probe.bar import Bar, bars
 from vchitect_fast.autotune.probe.contention import beside_collectives, beside_copies
 from vchitect_fast.autotune.probe.data import measure_codec, measure_decode, measure_disk
@@ -30,7 +29,7 @@ from vchitect_fast.autotune.probe.exchanges import measure_exchanges, places
 from vchitect_fast.autotune.probe.host_link import measure_host_link, open_copies
 from vchitect_fast.autotune.probe.ops import CPU_GRID, CUDA_GRID, Grid, measure_ops
 from vchitect_fast.clips import read_clips
-from vchitect_fast.cluster import Cluster, Device, Link
+from vchitect_fast.cluster import COLLECTIVES, Cluster, Device, Link
 from vchitect_fast.errors import UserError
 from vchitect_fast.machine import host_memory_bytes, this_device
 from vchitect_fast.manifest import Clip
@@ -57,7 +56,7 @@ class Sizes:
 
 CPU_SIZES = Sizes(
     CPU_GRID, copies=(2**20, 2**24, 2**28), slab_bytes=2**28, collectives=tuple(2**k for k in range(12, 26, 2)), side=1024,
-    mini_batches=(1, 2, 4), frame_side=64, disk_bytes=2**27, num_clips=5,
+    mini_batches=(1, 2), frame_side=64, disk_bytes=2**27, num_clips=5,
 )  # fmt: skip
 CUDA_SIZES = Sizes(
     CUDA_GRID, copies=(2**20, 2**24, 2**28), slab_bytes=2**32, collectives=tuple(2**k for k in range(14, 30, 2)), side=8192,
@@ -104,7 +103,7 @@ def measure(mesh: Mesh, sizes: Sizes, progress: bool, manifest: str | None, say:
         links, slowdown = _copies(mesh, sizes, source, bar, say)
         more, beside = _collectives(mesh, sizes, source, bar, say)
         with bar("the codec", len(sizes.mini_batches)) as advance:
-            flops = on_all(mesh.host_group, lambda: _codec(mesh, sizes, advance, say))
+            codec = on_all(mesh.host_group, lambda: _codec(mesh, sizes, advance, say))
         disk = on_first(mesh.host_group, lambda: _data(files, sizes, source, say))
     nodes = mesh.world_size // mesh.local_world_size
     cluster = Cluster(
@@ -115,7 +114,8 @@ def measure(mesh: Mesh, sizes: Sizes, progress: bool, manifest: str | None, say:
         host_memory_bytes=host_memory_bytes(),
         links=(*links, *more, *disk),
         slowdown=slowdown | beside,
-        codec_flops=flops,
+        codec_flops=max(codec.values(), default=None),
+        sources=_sources(slowdown | beside, codec, sizes, source),
     )
     return on_first(mesh.host_group, lambda: cluster)
 
@@ -143,7 +143,7 @@ def _collectives(
         return (), {}
     links: list[Link] = []
     groups = places(mesh)
-    with bar("collectives", len(groups) * len(KINDS) * len(sizes.collectives) + 1) as advance:
+    with bar("collectives", len(groups) * len(COLLECTIVES) * len(sizes.collectives) + 1) as advance:
         for place in groups:
             links += measure_exchanges(mesh, place, sizes.collectives, source, advance)
         ratio = beside_collectives(mesh, groups[0].group, max(sizes.collectives), sizes.side)
@@ -158,17 +158,26 @@ def _slowdown(what: str, ratio: float | None, say: Say) -> dict[str, float]:
     return {what: ratio}
 
 
-def _codec(mesh: Mesh, sizes: Sizes, advance: Callable[[], None], say: Say) -> float | None:
-    if not sizes.mini_batches:
-        return None
+def _codec(mesh: Mesh, sizes: Sizes, advance: Callable[[], None], say: Say) -> dict[int, float]:
+    """FLOP/s by mini-batch; nothing where it cannot run."""
     try:
-        found = measure_codec(mesh.device, sizes.mini_batches, sizes.frame_side, advance)
+        return measure_codec(mesh.device, sizes.mini_batches, sizes.frame_side, advance) if sizes.mini_batches else {}
     except UserError as error:
         say(f"the codec is not measured: {error}")
-        return None
-    rates = ", ".join(f"{number} at once {flops / 1e9:,.1f}" for number, flops in found.items())
-    say(f"SD3's encoder at {sizes.frame_side} x {sizes.frame_side} pixels, GFLOP/s: {rates}")
-    return max(found.values())
+        return {}
+
+
+def _sources(slowdown: dict[str, float], codec: dict[int, float], sizes: Sizes, source: str) -> dict[str, str]:
+    """Of what is no Device and no Link, by its place in the Cluster."""
+    found = {
+        f"slowdown.{what}": f"{source}; a product of side {sizes.side} beside a {what}, over the same alone"
+        for what in slowdown
+    }
+    if codec:
+        rates = ", ".join(f"{number} at once {flops / 1e9:,.1f}" for number, flops in codec.items())
+        side = sizes.frame_side
+        found["codec_flops"] = f"{source}; SD3's encoder, random weights, frames of {side}x{side}, GFLOP/s: {rates}"
+    return found
 
 
 def _data(files: list[Clip], sizes: Sizes, source: str, say: Say) -> tuple[Link, ...]:

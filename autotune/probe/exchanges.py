@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vchitect_fast.autotune.collectives import KINDS, Group, halves, traffic
+from vchitect_fast.autotune.collectives import Group, halves, traffic
 from vchitect_fast.autotune.probe.clock import Repeats, summary, synchronize
 from vchitect_fast.autotune.probe.fit import fit
-from vchitect_fast.cluster import Link
+from vchitect_fast.cluster import COLLECTIVES, Link
 from vchitect_fast.errors import UserError
 from vchitect_fast.parallel.mesh import Mesh, over_ranks
 
@@ -65,7 +65,7 @@ def measure_exchanges(
 ) -> tuple[Link, ...]:
     """Links of one place. `sizes` are bytes of the whole tensor on one rank, rounded up to equal shares."""
     links = []
-    for kind in KINDS:
+    for kind in COLLECTIVES:
         timed: list[tuple[float, Repeats]] = []
         for size in sizes:
             timed.append(_time(mesh, place, kind, size))

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import pytest
 
-from vchitect_fast.autotune.collectives import KINDS, Group, collective_seconds, traffic
-from vchitect_fast.cluster import Cluster, Device, Link
+from vchitect_fast.autotune.collectives import Group, collective_seconds, traffic
+from vchitect_fast.cluster import COLLECTIVES, Cluster, Device, Link
 from vchitect_fast.errors import UserError
 
 DEVICE = Device(name="made up", kind="cuda", memory_bytes=2**36)
@@ -86,7 +86,7 @@ def test_all_reduce_is_two_halves() -> None:
         assert collective_seconds(cluster(), "all_reduce", size, group) == pytest.approx(sum(halves))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", COLLECTIVES)
 def test_more_bytes_are_never_faster(kind: str) -> None:
     measured = replace(INSIDE, points=((2**10, 1e9), (2**16, 30e9), (2**24, 200e9)))
     for links, group in itertools.product([(INSIDE, OUTSIDE), (measured, OUTSIDE)], GROUPS):
@@ -94,7 +94,7 @@ def test_more_bytes_are_never_faster(kind: str) -> None:
         assert seconds == sorted(seconds)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", COLLECTIVES)
 def test_slower_links_are_never_faster(kind: str) -> None:
     slower = [
         lambda link: replace(link, bytes_per_s=link.bytes_per_s / 3),
@@ -112,7 +112,7 @@ def test_slower_links_are_never_faster(kind: str) -> None:
     assert len(changed) == 6  # each of them mattered somewhere
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", COLLECTIVES)
 def test_more_nodes_are_never_faster(kind: str) -> None:
     """The same ranks on more nodes, and more full nodes, where the network has at most half the rate of a node's link."""
     halved = replace(OUTSIDE, bytes_per_s=INSIDE.bytes_per_s / 2, latency_s=INSIDE.latency_s)
@@ -129,7 +129,7 @@ def test_uneven_groups_count_their_busiest_device() -> None:
 
 
 def test_alone_and_nothing_take_no_time() -> None:
-    for kind in KINDS:
+    for kind in COLLECTIVES:
         assert collective_seconds(Cluster("no links", DEVICE), kind, 2**30, Group(1, 1)) == 0.0
         assert collective_seconds(cluster(), kind, 0, Group(8, 2)) == 0.0
 

@@ -11,9 +11,11 @@ import pytest
 from probe_cases import SMALL
 
 from vchitect_fast.architecture import preset
+from vchitect_fast.autotune import probe as probing
 from vchitect_fast.autotune.probe import probe
 from vchitect_fast.autotune.rates import Rates
 from vchitect_fast.autotune.search import plan_run
+from vchitect_fast.cli import main
 from vchitect_fast.cluster import Cluster
 from vchitect_fast.errors import UserError
 from vchitect_fast.machine import available_memory_bytes, host_memory_bytes, resident_bytes, this_device
@@ -79,6 +81,24 @@ def test_reads_back_and_plans(measured: Cluster, tmp_path: Path) -> None:
         preset("vchitect-nano"), [VideoShape(2, 32, 32)], again.device, batch=1, num_text_tokens=4, dtype="auto"
     )
     assert plan.entries[0].predicted.step_s > 0
+
+
+def test_what_codec_and_contention_were_is_said() -> None:
+    found = probing._sources({"copy": 1.5}, {1: 5e9, 8: 20e9}, SMALL, "measured today")
+    assert found["slowdown.copy"] == "measured today; a product of side 64 beside a copy, over the same alone"
+    assert found["codec_flops"].endswith("frames of 32x32, GFLOP/s: 1 at once 5.0, 8 at once 20.0")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_rank_alone_writes_and_speaks(
+    rank: int, measured: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(probing, "probe", lambda progress, manifest: measured)
+    path = tmp_path / "cluster.json"
+    assert main(["autotune", "probe", "--cluster", str(path), "--json"]) == 0
+    assert path.exists() == bool(capsys.readouterr().out) == (rank == 0)
 
 
 def test_memory_of_this_process_is_ordered() -> None:

@@ -9,10 +9,10 @@ import pytest
 from probe_cases import SMALL
 from ranks import ranks
 
-from vchitect_fast.autotune.collectives import KINDS, Group, collective_seconds, halves, traffic
+from vchitect_fast.autotune.collectives import Group, collective_seconds, halves, traffic
 from vchitect_fast.autotune.probe import exchanges
 from vchitect_fast.autotune.probe.clock import Repeats
-from vchitect_fast.cluster import Cluster, Device, Link
+from vchitect_fast.cluster import COLLECTIVES, Cluster, Device, Link
 from vchitect_fast.parallel.mesh import ALONE
 
 HOST = {"device_to_host", "host_to_device"}
@@ -25,13 +25,13 @@ def test_two_ranks_measure_what_lies_between_them(local: int, place: str) -> Non
     assert nothing == [] and any("no clips" in line for line in said)
     cluster = Cluster.from_json(first)
     assert (cluster.num_nodes, cluster.num_devices_per_node) == (2 // local, local)
-    assert {link.name for link in cluster.links} == HOST | {place} | {f"{place}/{kind}" for kind in KINDS}
+    assert {link.name for link in cluster.links} == HOST | {place} | {f"{place}/{kind}" for kind in COLLECTIVES}
     for link in cluster.links:
         assert len(link.points) == (2 if link.name in HOST else 3) and "gloo, 2 ranks" in link.source
         assert all(rate > 0 for _, rate in link.points)
     assert (cluster.link("device_to_host").together_bytes_per_s is None) == (local == 1)
     group = Group(2, 2 // local)
-    for kind in KINDS:
+    for kind in COLLECTIVES:
         times = [collective_seconds(cluster, kind, size, group) for size in SMALL.collectives]
         assert 0 < times[0] <= times[1] <= times[2] < 60
     assert all(factor >= 1 for factor in cluster.slowdown.values()) and cluster.slowdown.keys() <= {
@@ -59,11 +59,11 @@ def test_links_predict_what_was_timed(group: Group, monkeypatch: pytest.MonkeyPa
     sizes, advanced = (2**10, 2**16, 2**24), []
     place = exchanges.Place(name, group, None)  # type: ignore[arg-type]
     links = exchanges.measure_exchanges(ALONE, place, sizes, "made up", lambda: advanced.append(1))
-    assert len(advanced) == len(KINDS) * len(sizes)
+    assert len(advanced) == len(COLLECTIVES) * len(sizes)
     for link in links:
         assert link.latency_s == pytest.approx(20e-6)
         assert link.bytes_per_s == pytest.approx(5e9)
     cluster = Cluster("made up", Device("made up", "cpu", 2**30), links=(*links, Link("disk", 1.0, 0.0, "not asked")))
-    for kind in KINDS:
+    for kind in COLLECTIVES:
         for size in (2**10, 2**13, 2**24, 2**30):
             assert collective_seconds(cluster, kind, size, group) == pytest.approx(seconds(kind, size), rel=1e-6)
