@@ -35,7 +35,7 @@ RECOMPUTED = ("backward_s", "recompute_s")  # the log's backward_s holds both
 PLAIN = ("forward_s", "optimizer_s", *RECOMPUTED)
 MAX_OTHER = 0.05  # of the predicted step: exposed copies, exchanges, pressure, which belong to no factor
 MIN_RANGE = 2.0  # of the rows of the peaks, for a line through them
-CALIBRATED = "calibrated"  # begins the sentence of Calibration.words, so that a Prediction's confidence shows it
+CALIBRATED = "calibrated by"  # in the words of a Calibration, by which a Prediction's confidence shows that it had one
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Calibration:
             for name, error in (("peak", self.peak_error), ("step", self.step_error))
             if error is not None
         ]
-        measured = f"{CALIBRATED} by {self.num_points} measured step{'s' if self.num_points > 1 else ''} ({timed})"
+        measured = f"{CALIBRATED} {self.num_points} measured step{'s' if self.num_points > 1 else ''} ({timed})"
         return ", ".join([measured, *(off or ["no second point to test it on"])])
 
     def save(self, path: str | Path) -> None:

@@ -118,13 +118,13 @@ def build_step(plan: Plan, config: TransformerConfig, mesh: Mesh) -> Step:
     return Step(run, plan, model, optimizer, ema, _text(plan, config, 1, mesh.device), mesh, states)
 
 
-def measure_entry(step_once: Step, entry: PlanEntry, num_steps: int) -> Measurement:
-    """Medians of `num_steps` after one that warms up; the peak of all of them, counted from what stood before."""
+def measure_entry(step_once: Step, entry: PlanEntry, num_steps: int, num_warm_up: int = 1) -> Measurement:
+    """Medians of `num_steps` after those that warm up; the peak of all of them, counted from what stood before."""
     mesh = step_once.mesh
     batch = _noise(step_once, entry)
     give_back(mesh.device.type)  # else a larger shape before this one is its peak
     reset_peak(mesh.device.type)
-    records = [step_once(step, batch) for step in range(num_steps + 1)][1:]
+    records = [step_once(step, batch) for step in range(num_warm_up + num_steps)][num_warm_up:]
     found = {name: median(record[name] for record in records) for name in (*COMPUTE_TIMINGS, "step_s")}
     spread = {name: _spread([record[name] for record in records]) for name in found}
     found["peak_gib"] = records[-1]["peak_gib"]
