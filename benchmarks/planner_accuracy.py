@@ -132,7 +132,12 @@ def rows(score: Score, after: Score | None, why_not: str = "") -> list[Row]:
         Row("peak memory, mean error", 3.0, "%", 100 * score.peak_mean),
         Row("peak memory, largest error", 8.0, "%", 100 * score.peak_max),
         Row("peak memory, predicted too low by at most", 3.0, "%", 100 * score.peak_under),
-        Row("peak memory, mean error after one calibration step", 0.5, "%", after and 100 * after.peak_mean),
+        Row(
+            "peak memory, mean error after one calibration step",
+            0.5,
+            "%",
+            None if after is None else 100 * after.peak_mean,
+        ),
         Row("regret of the chosen policy", 3.0, "%", 100 * score.regret),
     ]
     tau = Row(
