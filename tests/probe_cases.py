@@ -12,7 +12,7 @@ from vchitect_fast.parallel.mesh import CPU, make_mesh
 GRID = Grid(
     rows=(8, 64), widths=(16, 64), attention_rows=(64, 128), attention_width=64, lengths=(8, 16), elements=(1024, 4096),
     square=64, copy_bytes=2**16, held_out_linear=((32, 32),), held_out_attention=((96, 12),), held_out_elements=(2048,),
-    pool_bytes=2**20, seconds_per_point=0.0,
+    held_out_products=((32, 16, 64),), pool_bytes=2**20, seconds_per_point=0.0,
 )  # fmt: skip
 SMALL = Sizes(
     GRID, copies=(2**14, 2**16), slab_bytes=2**20, collectives=(2**8, 2**12, 2**16), side=64, mini_batches=(),

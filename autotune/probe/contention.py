@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -58,6 +59,7 @@ def beside_collectives(mesh: Mesh, group: dist.ProcessGroup, num_bytes: int, sid
     sent = torch.ones(-(-num_bytes // 4 // num_ranks) * num_ranks, device=mesh.device)
     received = torch.empty_like(sent)
     stream = torch.cuda.Stream(mesh.device) if mesh.device.type == "cuda" else None
+    synchronize(mesh.device)  # the other stream reads what this one has filled
 
     def exchange(calls: int) -> float:
         start = time.perf_counter()
@@ -81,9 +83,8 @@ def _ratio(mesh: Mesh, product: Product, alone_s: float, work: Callable[[], obje
 
     def run() -> None:
         try:
-            if mesh.device.type == "cuda":
-                torch.cuda.set_device(mesh.device)
-            work()
+            with torch.cuda.device(mesh.device) if mesh.device.type == "cuda" else nullcontext():
+                work()
         except BaseException as error:  # raised in the thread that waits for this one
             failures.append(error)
 

@@ -6,6 +6,8 @@ between the others works. A Device with its timings comes out. Links, ranks and 
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -43,6 +45,7 @@ class Grid:
     held_out_linear: tuple[tuple[int, int], ...]  # (rows, width)
     held_out_attention: tuple[tuple[int, int], ...]  # (rows, length)
     held_out_elements: tuple[int, ...]
+    held_out_products: tuple[tuple[int, int, int], ...]  # (rows, fan in, fan out) of the block's own linear layers
     pool_bytes: int  # larger than the caches, so that operands come from memory as in training
     seconds_per_point: float = 0.04  # repeats go on until this much was spent, three at least and fifteen at most
 
@@ -52,13 +55,13 @@ CPU_GRID = Grid(
     rows=(8, 64, 512, 2048), widths=(64, 192, 768, 1536), attention_rows=(512, 4096), attention_width=192,
     lengths=(8, 32, 128, 512), elements=(2**12, 2**16, 2**19, 2**22), square=2048, copy_bytes=2**27,
     held_out_linear=((256, 192), (1024, 384)), held_out_attention=((1536, 64),), held_out_elements=(2**17, 2**20),
-    pool_bytes=2**26,
+    held_out_products=((512, 192, 768), (512, 768, 192), (512, 192, 576)), pool_bytes=2**26,
 )  # fmt: skip
 CUDA_GRID = Grid(
     rows=(256, 2048, 16384, 65536), widths=(192, 768, 1536, 3072), attention_rows=(8192, 65536), attention_width=1536,
     lengths=(32, 256, 1024, 4096), elements=(2**16, 2**20, 2**24, 2**27), square=8192, copy_bytes=2**30,
     held_out_linear=((4096, 1536), (32768, 2304)), held_out_attention=((16384, 512),), held_out_elements=(2**22, 2**25),
-    pool_bytes=2**29,
+    held_out_products=((16384, 1536, 6144), (16384, 6144, 1536), (16384, 1536, 4608)), pool_bytes=2**29,
 )  # fmt: skip
 
 
@@ -93,9 +96,10 @@ def _points(grid: Grid, clock: Clock) -> Iterator[tuple[bool, Callable[[], Timin
         return held_out, lambda: function(clock, *args)
 
     for name in DTYPES:
-        square = [(False, rows, width) for rows in grid.rows for width in grid.widths]
-        for held_out, rows, width in square + [(True, *size) for size in grid.held_out_linear]:
-            yield point(held_out, _time_linear, name, rows, width)
+        for rows, width in itertools.product(grid.rows, grid.widths):
+            yield point(False, _time_linear, name, rows, width, width)
+        for rows, fan_in, fan_out in (*((rows, w, w) for rows, w in grid.held_out_linear), *grid.held_out_products):
+            yield point(True, _time_linear, name, rows, fan_in, fan_out)
         pairs = [(False, rows, length) for rows in grid.attention_rows for length in grid.lengths]
         for held_out, rows, length in pairs + [(True, *size) for size in grid.held_out_attention]:
             yield point(held_out, _time_attention, name, rows, grid.attention_width, length)
@@ -108,15 +112,15 @@ def _points(grid: Grid, clock: Clock) -> Iterator[tuple[bool, Callable[[], Timin
     yield point(False, _time_view)
 
 
-def _time_linear(clock: Clock, name: str, rows: int, width: int) -> Timing:
-    dtype = DTYPES[name]
+def _time_linear(clock: Clock, name: str, rows: int, fan_in: int, fan_out: int) -> Timing:
+    """Its width is the geometric mean of both, by which rates are found (rates.py)."""
+    dtype, width = DTYPES[name], round(math.sqrt(fan_in * fan_out))
+    shapes = ((rows, fan_in), (fan_out, fan_in), (fan_out,))
 
     def operands() -> tuple[Tensor, ...]:
-        return tuple(
-            clock.take(*shape, dtype=dtype, requires_grad=True) for shape in ((rows, width), (width, width), (width,))
-        )
+        return tuple(clock.take(*shape, dtype=dtype, requires_grad=True) for shape in shapes)
 
-    call_bytes = dtype.itemsize * width * (2 * rows + width)
+    call_bytes = dtype.itemsize * (rows * (fan_in + fan_out) + fan_in * fan_out)
     return _timing(clock, "linear", name, rows, width, F.linear, operands, call_bytes)
 
 

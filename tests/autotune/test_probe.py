@@ -5,6 +5,7 @@ pytest tests/autotune/test_probe.py; no figure is compared with an expectation, 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,14 @@ from probe_cases import SMALL
 
 from vchitect_fast.architecture import preset
 from vchitect_fast.autotune import probe as probing
-from vchitect_fast.autotune.probe import probe
+from vchitect_fast.autotune.probe import ops, probe
 from vchitect_fast.autotune.rates import Rates
 from vchitect_fast.autotune.search import plan_run
 from vchitect_fast.cli import main
-from vchitect_fast.cluster import Cluster
+from vchitect_fast.cluster import Cluster, Timing
 from vchitect_fast.errors import UserError
 from vchitect_fast.machine import available_memory_bytes, host_memory_bytes, resident_bytes, this_device
+from vchitect_fast.parallel.mesh import CPU
 from vchitect_fast.shapes import VideoShape
 
 SAID: list[str] = []
@@ -56,6 +58,19 @@ def test_every_op_has_a_whole_grid(measured: Cluster) -> None:
         assert all(t.forward_s > 0 and t.num_repeats >= 3 for found in points.values() for t in found)
         assert all(t.backward_s > 0 for op, found in points.items() for t in found if op != "multiply")
     Rates(device)  # refuses an incomplete grid
+
+
+def test_every_held_out_size_is_timed_and_none_is_in_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block's own linear layers are held out too: their width is the geometric mean of fan in and fan out."""
+    held_out: list[Timing] = []
+    monkeypatch.setattr(ops, "_fit_error", lambda device, timings: held_out.extend(timings))
+    device = ops.measure_ops(this_device(), CPU, SMALL.ops, lambda what, total: nullcontext(lambda: None))
+    sizes = {(t.op, t.rows, t.width) for t in held_out if t.dtype == "float32"}
+    assert {("linear", 32, 32), ("attention", 96, 64), ("gelu", 8, 256)} <= sizes
+    assert len([t for t in held_out if t.op == "linear"]) == 2 * (1 + 1)  # dtypes x (square, fan in 16 to fan out 64)
+    assert not {(t.op, t.dtype, t.rows, t.width, t.length) for t in held_out} & {
+        (t.op, t.dtype, t.rows, t.width, t.length) for t in device.timings
+    }
 
 
 def test_links_of_one_process(measured: Cluster) -> None:
