@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
+import torch.distributed as dist
 
 from vchitect_fast.architecture import TransformerConfig
 from vchitect_fast.config import TrainConfig
+from vchitect_fast.errors import UserError
 from vchitect_fast.memory import explain, to_json
 from vchitect_fast.parallel.mesh import make_mesh
 from vchitect_fast.parallel.shard import local_shard
@@ -48,3 +52,16 @@ def explained(plans: list[Plan], model: TransformerConfig) -> list[dict[str, Any
         mesh = make_mesh(plan.mesh, plan.fsdp_group, torch.device("cpu"))
         found.append(to_json(explain(plan, plan.entries[0], model, mesh)))
     return found
+
+
+def failing(file: str, names: dict[str, int]) -> list[str]:
+    """Train once for each name, "module:function", that fails on the given rank; what this rank says of it."""
+    said = []
+    for name, rank in names.items():
+        module, _, path = name.partition(":")
+        error = UserError(f"{path} failed on rank {rank} on purpose")
+        place = patch(f"vchitect_fast.{module}.{path}", side_effect=error) if dist.get_rank() == rank else nullcontext()
+        with place, pytest.raises(UserError) as caught:
+            trained(file)
+        said.append(str(caught.value))
+    return said

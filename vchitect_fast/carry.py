@@ -15,7 +15,7 @@ from torch import Tensor
 from vchitect_fast import checkpoint
 from vchitect_fast.config import TrainConfig
 from vchitect_fast.errors import UserError
-from vchitect_fast.parallel.mesh import ALONE, Mesh, on_first
+from vchitect_fast.parallel.mesh import ALONE, Mesh, on_all, on_first
 
 SAME = ("codec", "text_encoder")  # what the weights mean
 
@@ -34,7 +34,7 @@ def carry_over(config: TrainConfig, state: dict[str, Any], tensors: dict[str, Te
     newest = on_first(mesh.host_group, lambda: checkpoint.latest(Path(str(config.start_from))))
     if newest is None:
         raise UserError(f"start_from names {config.start_from}, which holds no checkpoint; name the folder of a run.")
-    stored = checkpoint.read_state(newest)
+    stored = on_all(mesh.host_group, lambda: checkpoint.read_state(newest))
     if stored["model"] != state["model"]:
         raise UserError(f"start_from: {newest} holds a model of other sizes than {config.model!r}; use that model.")
     for name in SAME:

@@ -32,7 +32,7 @@ from vchitect_fast.errors import UserError
 from vchitect_fast.manifest import Clip
 from vchitect_fast.model.text import TextEncoder
 from vchitect_fast.model.vae import Codec
-from vchitect_fast.parallel.mesh import ALONE, Mesh
+from vchitect_fast.parallel.mesh import ALONE, Mesh, agreed
 from vchitect_fast.parallel.vae import encode_frames, encode_texts, own_frames
 from vchitect_fast.profiling.span import span
 from vchitect_fast.schedule import Schedule
@@ -182,9 +182,12 @@ class VideoData:
         for wanted in range(step, step + 1 + PREFETCH_STEPS):
             if wanted not in self._ahead:
                 self._ahead[wanted] = self._thread.submit(self._decode_step, wanted)
-        with span("data/wait"):
-            shape, samples = self._ahead.pop(step).result()
-        return self._encode(shape, samples, time.perf_counter() - began)
+
+        def decoded() -> tuple[VideoShape, list[_Sample], float]:
+            with span("data/wait"):
+                return *self._ahead.pop(step).result(), time.perf_counter() - began
+
+        return self._encode(*agreed(self._mesh, decoded))  # what is exchanged next needs every rank's samples
 
     def first_batches(self, num_samples: int) -> list[Batch]:
         """The first good windows in the manifest's order, shape by shape, at most `num_samples`, each once: for validation and samples.

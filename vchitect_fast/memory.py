@@ -202,24 +202,30 @@ def _measure(plan: Plan, entry: PlanEntry, config: TransformerConfig, mesh: Mesh
 
     from vchitect_fast.ema import EMA
     from vchitect_fast.model import VchitectTransformer
+    from vchitect_fast.offload.hooks import Saving
     from vchitect_fast.offload.states import States
     from vchitect_fast.optimizer import MasterAdamW
     from vchitect_fast.parallel.apply import obey, parallelize
+    from vchitect_fast.parallel.mesh import on_all
     from vchitect_fast.parallel.vae import own_frames
     from vchitect_fast.train import build_saving, park
 
     device = mesh.device
-    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else available_memory_bytes()
-    if needed_bytes > free:
-        raise UserError(
-            f"one step of {entry.shape} needs about {needed_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} are free; add --no-run to predict only."
-        )
+
+    def saving_with_room() -> Saving:
+        free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else available_memory_bytes()
+        if needed_bytes > free:
+            raise UserError(
+                f"one step of {entry.shape} needs about {needed_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} are free; add --no-run to predict only."
+            )
+        return build_saving(plan, config, device)
+
+    saving = on_all(mesh.host_group, saving_with_room)
     torch.manual_seed(0)
     dtype, shape = getattr(torch, plan.compute_dtype), entry.video_shape
     model = VchitectTransformer(config).to(device)
     torch.nn.init.normal_(model.proj_out.weight, std=0.02)  # it starts at zero, and the blocks would get zero gradients
-    saving = model.saving = build_saving(plan, config, device)
-    saving.count = True
+    model.saving, saving.count = saving, True
     parallelize(model, plan, mesh)
     if plan.parked:  # as in train; moments of zeros are as large as others
         optimizer = MasterAdamW(model, weight_decay=0.0, betas=(0.9, 0.95), dtype=dtype)

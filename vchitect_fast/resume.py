@@ -25,7 +25,7 @@ from vchitect_fast.errors import UserError
 from vchitect_fast.manifest import Clip
 from vchitect_fast.model import VchitectTransformer
 from vchitect_fast.optimizer import MasterAdamW
-from vchitect_fast.parallel.mesh import ALONE, Mesh, on_first
+from vchitect_fast.parallel.mesh import ALONE, Mesh, on_all, on_first
 from vchitect_fast.plan import Plan, ShardSpec
 
 LOCK = ".lock"
@@ -125,7 +125,7 @@ def resume(
         return 0, {}
     if not config.resume:
         raise UserError(f"resume=false, but {run} holds {newest.name}; choose another out= or remove that folder.")
-    stored = checkpoint.read_state(newest)
+    stored = on_all(mesh.host_group, lambda: checkpoint.read_state(newest))
     if stored["model"] != state["model"]:
         raise UserError(f"{newest} holds a model of other sizes than {config.model!r}; use that model or another out=.")
     old, new = stored["decides"], state["decides"]

@@ -50,7 +50,7 @@ from vchitect_fast.offload.policy import offload_budget_bytes, share_of
 from vchitect_fast.offload.states import States
 from vchitect_fast.optimizer import MasterAdamW
 from vchitect_fast.parallel.apply import parallelize
-from vchitect_fast.parallel.mesh import Mesh, launched, on_first, over_ranks, read_launch
+from vchitect_fast.parallel.mesh import Mesh, agreed, launched, on_all, on_first, over_ranks, read_launch
 from vchitect_fast.parallel.shard import local_shard
 from vchitect_fast.plan import Plan
 from vchitect_fast.profiling.span import span, tell
@@ -78,11 +78,12 @@ def train_on(mesh: Mesh, config: TrainConfig, plan: Plan) -> dict[str, Any]:
     check_supported(plan, mesh)
     if mesh.axes is not None:  # the first indexes what nobody has read yet
         on_first(mesh.host_group, lambda: len(read_clips(config.manifest, config.cache)))
-    clips = read_clips(config.manifest, config.cache)
+    everywhere = partial(on_all, mesh.host_group)  # an error of one rank is the error of all, which would wait for it
+    clips = everywhere(lambda: read_clips(config.manifest, config.cache))
     with only_process_in(run, mesh), stop_on_sigterm() as stop:
         reset_peak(mesh.device.type)
-        model = build_model(config, plan).to(mesh.device)
-        model.saving = build_saving(plan, model.config, mesh.device)
+        model = everywhere(lambda: build_model(config, plan).to(mesh.device))
+        model.saving = everywhere(lambda: build_saving(plan, model.config, mesh.device))
         parallelize(model, plan, mesh)  # what a block or a rank cannot do is refused before the data is read
         betas, dtype = (config.beta1, config.beta2), getattr(torch, plan.compute_dtype)
         optimizer = MasterAdamW(model, weight_decay=config.weight_decay, betas=betas, dtype=dtype)
@@ -93,12 +94,12 @@ def train_on(mesh: Mesh, config: TrainConfig, plan: Plan) -> dict[str, Any]:
             carry_over(config, state, tensors, mesh)
         optimizer.copy_masters()
         tell(model=model, optimizer=optimizer, ema=ema)
-        states = park(plan, optimizer, ema, mesh.device)
-        pipeline = build_pipeline(config, plan, model, ema, mesh)
+        states = everywhere(lambda: park(plan, optimizer, ema, mesh.device))
+        pipeline = everywhere(lambda: build_pipeline(config, plan, model, ema, mesh))
         open_data = partial(build_data, config, plan, pipeline, mesh)
         with (
-            open_data(clips) as data,
-            open_log(config, done, mesh) as log,
+            everywhere(lambda: open_data(clips)) as data,
+            everywhere(lambda: open_log(config, done, mesh)) as log,
             Console(config, plan, model.config, done, mesh) as console,
             Writer(run, config.keep_last, mesh, in_background=mesh.device.type == "cuda") as writer,
         ):
@@ -123,11 +124,10 @@ def train_on(mesh: Mesh, config: TrainConfig, plan: Plan) -> dict[str, Any]:
             while done < config.steps and not any_rank(mesh, stop.requested):
                 with span("step", done + 1):
                     with span("data/batch"):
-                        batch = data.batch(done)
+                        batch = agreed(mesh, partial(data.batch, done))
                     record = step_once(done, batch)
                 done += 1
-                log.write("step", done, **record)
-                console.stepped(done, record)
+                agreed(mesh, partial(report, log, console, done, record))
                 if validate and (done == config.steps or done % config.validate_every == 0):
                     with states.here("average"):
                         console.validated(validate(done))
@@ -157,6 +157,12 @@ def train_on(mesh: Mesh, config: TrainConfig, plan: Plan) -> dict[str, Any]:
 def any_rank(mesh: Mesh, flag: bool) -> bool:
     """Whether it holds on any rank, the same answer on all; a scheduler tells its ranks to stop one after the other."""
     return bool(over_ranks(mesh, [], [float(flag)])[1][0])
+
+
+def report(log: Log, console: Console, done: int, record: dict[str, Any]) -> None:
+    """What a step was, to the file and to the person."""
+    log.write("step", done, **record)
+    console.stepped(done, record)
 
 
 def open_log(config: TrainConfig, done: int, mesh: Mesh) -> Log:

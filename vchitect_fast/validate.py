@@ -19,7 +19,7 @@ from vchitect_fast.data import VideoData
 from vchitect_fast.manifest import Clip
 from vchitect_fast.metrics import Log
 from vchitect_fast.model.flow import flow_loss, sigma_quantile
-from vchitect_fast.parallel.mesh import ALONE, Mesh, over_ranks
+from vchitect_fast.parallel.mesh import ALONE, Mesh, on_all, over_ranks
 from vchitect_fast.plan import Plan
 from vchitect_fast.sample import Pipeline
 
@@ -47,7 +47,8 @@ class Validation:
     ) -> None:
         """Reads the clips now, so that a mistake is found before the first step."""
         self._config, self._pipeline, self._log, self._mesh = config, pipeline, log, mesh
-        with open_data(read_clips(config.validation_manifest or config.manifest, config.cache)) as data:
+        name = config.validation_manifest or config.manifest
+        with open_data(on_all(mesh.host_group, lambda: read_clips(name, config.cache))) as data:
             self._batches = data.first_batches(NUM_CLIPS)
         self._rows = {entry.video_shape: entry.microbatch for entry in plan.entries}
 

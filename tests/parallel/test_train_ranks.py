@@ -129,6 +129,20 @@ def test_each_rank_parks_its_shards_and_the_run_stays_bitwise_the_same(tmp_path:
     assert losses[0] == losses[1] and len(losses[0]) == 3
 
 
+def test_what_one_rank_cannot_do_ends_all_with_its_words(tmp_path: Path, one_thread: None) -> None:
+    """And at once: the others would wait for it in their next exchange."""
+    file = run_file(tmp_path, "run", (1, 1, 2), 2, FRAMES, steps=2)
+    names = {
+        "train:read_clips": 1, "train:build_model": 1, "train:build_saving": 1, "train:park": 1, "train:load_codec": 1,
+        "train:build_data": 1, "train:open_log": 0, "data:VideoData._decode_step": 1, "train:report": 0,
+    }  # fmt: skip
+    expected = [f"{name.partition(':')[2]} failed on rank {rank} on purpose" for name, rank in names.items()]
+    assert ranks(2).run("train_calls:failing", str(file), names, timeout_s=60) == [expected] * 2
+    assert ranks(2).run("train_calls:trained", str(file)) == [2] * 2
+    [said], [also] = ranks(2).run("train_calls:failing", str(file), {"checkpoint:read_state": 1}, timeout_s=60)
+    assert said == also == "read_state failed on rank 1 on purpose"
+
+
 def test_a_killed_rank_ends_all_and_is_named_and_the_run_goes_on_exactly(tmp_path: Path, one_thread: None) -> None:
     whole = run_file(tmp_path, "whole", (1, 1, 2), 2, FRAMES, steps=4)
     assert ranks(2).run("train_calls:trained", str(whole)) == [4] * 2

@@ -298,6 +298,23 @@ def on_all(group: dist.ProcessGroup | None, call: Callable[[], R]) -> R:
     return result  # type: ignore[return-value]
 
 
+def agreed(mesh: Mesh, call: Callable[[], R]) -> R:
+    """As on_all over the whole mesh, for what every step does: while no rank fails, one number is all that they exchange."""
+    result, failure = None, None
+    try:
+        result = call()
+    except Exception as error:
+        failure = error
+
+    def fail() -> None:
+        if failure is not None:
+            raise failure
+
+    if over_ranks(mesh, [], [float(failure is not None)])[1][0]:
+        on_all(mesh.host_group, fail)
+    return result  # type: ignore[return-value]
+
+
 def over_ranks(mesh: Mesh, to_mean: list[float], to_max: list[float]) -> tuple[list[float], list[float]]:
     """Means and maxima over all ranks, the same on each; every rank calls it with as many."""
     if mesh.axes is None:
