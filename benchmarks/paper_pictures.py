@@ -73,8 +73,8 @@ def table_four(cluster: Cluster, found: Sequence[Ratio]) -> Any:
         ours = [run.simulated_s - cost for run, cost in zip(runs, paid, strict=True)]
         right.plot(fractions, [value / hidden[0] for value in hidden], color=color, label=row.shape)
         right.plot(fractions, [value / hidden[0] for value in ours], color=color, linestyle=":", linewidth=1.2)
-    right.axvline(OFFLOADED_WITH, color="black", linewidth=0.8)
-    right.annotate(f"{COMBINATION}: {OFFLOADED_WITH}", (OFFLOADED_WITH, 0.05), xycoords=("data", "axes fraction"),
+    right.axvline(OFFLOADED_WITH, ymax=0.55, color="black", linewidth=0.8)
+    right.annotate(f"{COMBINATION}: {OFFLOADED_WITH}", (OFFLOADED_WITH, 0.53), xycoords=("data", "axes fraction"),
                    xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)  # fmt: skip
     right.set_xlabel("fraction of the blocks offloaded, nothing recomputed, memory aside", fontsize=8)
     right.set_ylabel("step time / that without offload", fontsize=8)
@@ -99,7 +99,7 @@ def figure_nine(cluster: Cluster, points: Sequence[Point]) -> Any:
             if len(fitting) < len(here):
                 end = fitting[-1]
                 axes.plot(end.shape.num_frames, rates[-1], "x", color=color, markersize=10)
-                axes.annotate(f"{end.shape.num_visual_tokens() / 1e6:.2f} M", (frames[-1], rates[-1]), xytext=(8, -3),
+                axes.annotate(f"{end.shape.num_visual_tokens() / 1e6:.2f} M", (frames[-1], rates[-1]), xytext=(0, -20), ha="center",
                               textcoords="offset points", fontsize=8, color=color)  # fmt: skip
         axes.set_title(f"{width}x{height}", fontsize=9)
         axes.set_xlabel("frames", fontsize=8)
