@@ -1,20 +1,38 @@
-"""Shows a Plan to a person: what was chosen for each shape, where its time and memory go, why the others lost.
+"""Shows a Plan on the terminal: what was chosen for each shape, where its time and memory go, why the others lost.
 
-Rendering only, with rich; every figure comes out of the Plan or the measurement and is computed elsewhere.
+    render             a Plan          render_explanation   what explain.py found out about one entry
+    compare            predicted against measured
+
+Rendering only, with rich; every figure comes out of the Plan, the explanation or the measurement and is computed elsewhere.
 """
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from vchitect_fast.autotune.streams import STREAMS
 from vchitect_fast.plan import Plan, PlanEntry
 
-PART_NAMES = {"forward_s": "forward", "backward_s": "backward", "recompute_s": "recompute", "optimizer_s": "optimizer"}
+if TYPE_CHECKING:
+    from vchitect_fast.autotune.explain import Explanation
+
+PART_NAMES = {
+    "forward_s": "forward", "backward_s": "backward", "recompute_s": "recompute", "exchange_s": "exchanges not hidden",
+    "gather_s": "gathers not hidden", "copy_s": "copies not hidden", "encode_s": "encoding", "pressure_s": "memory pressure",
+    "optimizer_s": "optimizer",
+}  # fmt: skip
+SAID = {
+    "time": "where the time goes",
+    "memory": "where the memory goes",
+    "choice": "why this choice",
+    "change": "what would change it",
+}
 
 
 def render(plan: Plan) -> RenderableType:
@@ -40,6 +58,41 @@ def render(plan: Plan) -> RenderableType:
         "predictions rest on: " + "; ".join(dict.fromkeys(entry.predicted.confidence for entry in plan.entries))
     )
     return Group(chosen, Text("\n".join(lines) + "\n"), lost, rests_on)
+
+
+def render_explanation(found: Explanation) -> RenderableType:
+    """Sentences first, then the streams of a microbatch and what every change does."""
+    line = found.outcome.timeline
+    parts: list[RenderableType] = [Text(f"\n{found.entry.shape}", style="bold")]
+    for name, heading in SAID.items():
+        parts.append(Text(heading, style="italic"))
+        parts += [Text(f"  {sentence}") for sentence in found.said[name]]
+    streams = Table(
+        title=f"streams of one microbatch, {seconds(line.total_s)}",
+        title_justify="left",
+        box=box.SIMPLE,
+        pad_edge=False,
+    )
+    for heading in ("stream", "busy", "of it hidden", "waited for"):
+        streams.add_column(heading, justify="left" if heading == "stream" else "right")
+    for name in (name for name in STREAMS if line.busy_s(name)):
+        waits = ("", "") if name == "compute" else (f"{line.hidden(name):.0%}", seconds(line.exposed_s(name)))
+        streams.add_row(name, f"{line.busy_s(name) / line.total_s:.0%}", *waits)
+    changes = Table(title="what would change it", title_justify="left", box=box.SIMPLE, pad_edge=False)
+    for heading in ("change", "this plan's step", "", "fits", "then best"):
+        changes.add_column(heading, justify="left" if heading in ("change", "then best") else "right")
+    for item in found.effects:
+        best = "this plan" if item.winner is None else item.winner
+        if item.winner_step_s is not None:
+            best = f"{seconds(item.winner_step_s)}: {best}"
+        changes.add_row(item.change, seconds(item.step_s), f"{item.ratio - 1:+.1%}", "yes" if item.fits else "no", best)
+    return Group(*parts, Text(), streams, changes)
+
+
+def show(renderable: RenderableType) -> None:
+    """Print it, wide enough for tables where the output is no terminal."""
+    console = Console(highlight=False)
+    (console if console.is_terminal else Console(highlight=False, width=200)).print(renderable)
 
 
 def compare(plan: Plan, measured: dict[str, dict[str, float]]) -> Table:
