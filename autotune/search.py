@@ -1,128 +1,221 @@
-"""Chooses, for each VideoShape, how the global batch is split and how many blocks recompute: the fastest that fits.
+"""Chooses the mesh of a run and, for each VideoShape, how a step is divided and what its blocks do: the fastest that fits.
 
-The space is small and searched whole: every divisor of the batch as microbatch x 0..L recomputed blocks. Recomputed are
-the first blocks, because their turn in backward comes last, when the kept ones are already freed; so the block that is
-being computed again finds room. `policy` fixes what the blocks do, only the split is searched then; the time of copies to
-host memory is not predicted. A mesh is given, not searched: what its ranks exchange is not predicted. Layer 0 only.
+    mesh       one for all shapes: the one with the least sum of step times, each weighted; a mesh on which a shape does not
+               fit has lost
+    layouts    all of space.py on that mesh; policies.py finds the best choice of one layout and a bound that none beats
+    order      meshes, layouts and choices in the order of their bounds, until no bound beats the best: what is never
+               predicted could not have won
+
+A bound of compute alone is shared by layouts that differ only in how ranks with other samples share the parameters. Time and
+memory are StepModel's (model.py); what the cluster file has no figure for is named in the Plan as not included. Refused: ranks
+that cannot share the batch, a shape that fits in no way, a cluster without the links that its ranks need. Layer 0 only.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from vchitect_fast.architecture import TransformerConfig
-from vchitect_fast.autotune.cost import StepCost, step_cost
-from vchitect_fast.autotune.memory import GIB, StepMemory, step_memory
-from vchitect_fast.cluster import Device
+from vchitect_fast.autotune.bounds import fits
+from vchitect_fast.autotune.layout import Layout, Problem
+from vchitect_fast.autotune.memory import GIB
+from vchitect_fast.autotune.model import SAFETY as SAFETY
+from vchitect_fast.autotune.model import Limits, Outcome, StepModel
+from vchitect_fast.autotune.policies import Blocks, Model, PolicySearch
+from vchitect_fast.autotune.reasons import no_common_mesh, nothing_fits, runners_up
+from vchitect_fast.autotune.space import VAE_MINI_BATCHES, check_grid, check_mesh, common_meshes, layouts
+from vchitect_fast.autotune.ways import host_bytes
+from vchitect_fast.cluster import Cluster, Device
 from vchitect_fast.errors import UserError
-from vchitect_fast.offload.policy import offload_budget_bytes
-from vchitect_fast.plan import RECOMPUTE, Plan, PlanEntry, Policy, Prediction, ShardSpec
-from vchitect_fast.shapes import CODEC_FACTOR, VideoShape
-from vchitect_fast.workload import DTYPE_BYTES, Workload
+from vchitect_fast.plan import Plan, PlanEntry, Policy, Prediction
+from vchitect_fast.shapes import VideoShape
+from vchitect_fast.workload import DTYPE_BYTES
 
-SAFETY = 0.9  # of the memory; the rest is for what memory.py does not count
-NUM_RUNNERS_UP = 3
 ONE = {"dp_replicate": 1, "dp_shard": 1, "sp": 1}
-SHARDS = {"frames": ShardSpec("frames", temporal="tokens"), "tokens": ShardSpec("tokens", spatial="heads")}
-MORE_ROWS = 1.05
+Policies = Sequence[Policy]
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One point of the space with its predicted cost."""
+class Answer:
+    """What was found for one shape on the chosen mesh."""
 
-    microbatch: int  # samples a forward
-    accumulation: int  # microbatches a step
-    num_recomputed: int  # of the first blocks
-    policy: tuple[Policy, ...]
-    cost: StepCost
-    memory: StepMemory
-
-    def __str__(self) -> str:
-        return f"microbatch {self.microbatch} x {self.accumulation}, {self.num_recomputed} of {len(self.policy)} blocks recomputed"
-
-    @property
-    def peak_gib(self) -> float:
-        """Predicted peak memory in GiB."""
-        return self.memory.peak_bytes / GIB
+    problem: Problem
+    best: Outcome
+    limits: Limits
+    seen: tuple[Outcome, ...]  # everything that was predicted for this shape, on every mesh
 
 
-def choices(
-    work: Workload, device: Device, dtype: str, policy: tuple[Policy, ...] | None = None, num_shards: int = 1
-) -> list[Choice]:
-    """The whole space for one shape; `work.batch` is what a step has on one data-parallel rank. `policy` leaves only the split."""
-    layers, batch = work.config.num_layers, work.batch
-    found = []
-    for microbatch in (size for size in range(1, batch + 1) if batch % size == 0):
-        one, times = replace(work, batch=microbatch), batch // microbatch
-        for recomputed in range(layers + 1) if policy is None else [num_recomputed(policy)]:
-            cost = step_cost(one, device, dtype, num_recomputed=recomputed, accumulation=times, num_shards=num_shards)
-            memory = step_memory(
-                one, device, dtype, num_recomputed=recomputed, accumulation=times, policy=policy, num_shards=num_shards
-            )
-            chosen = policy or (Policy.recompute(),) * recomputed + (Policy.keep(),) * (layers - recomputed)
-            found.append(Choice(microbatch, times, recomputed, chosen, cost, memory))
-    return found
+class ShapeSearch:
+    """One Problem on any mesh. `fixed`, a Policy a block, leaves only the layout to search."""
+
+    def __init__(self, model: Model, fixed: Policies | None = None) -> None:
+        self.model, self.problem, self.fixed = model, model.problem, fixed
+        self.limits = model.limits()
+        self._blocks: dict[Layout, Blocks] = {}
+        self._searches: dict[Layout, PolicySearch] = {}
+
+    def least_s(self, mesh: Mapping[str, int]) -> float:
+        """No choice on this mesh takes less."""
+        return min((self._shared_s(layout) for layout in layouts(self.problem, mesh)), default=math.inf)
+
+    def best(self, mesh: Mapping[str, int], cutoff_s: float = math.inf) -> Outcome | None:
+        """The fastest that fits on this mesh, and beats the cutoff."""
+        found = None
+        for layout in sorted(layouts(self.problem, mesh), key=self._shared_s):
+            if self._shared_s(layout) >= cutoff_s:
+                break
+            search = self._search(layout)
+            if search.bounds.keep_s < cutoff_s and search.least_s < cutoff_s:
+                if better := search.search(cutoff_s).best:
+                    found, cutoff_s = better, better.cost.step_s
+        return self._encoded(found) if found and self.problem.encode else found
+
+    def seen(self) -> tuple[Outcome, ...]:
+        """Everything that was predicted."""
+        return tuple(outcome for search in self._searches.values() for outcome in search.seen.values())
+
+    def _search(self, layout: Layout) -> PolicySearch:
+        if layout not in self._searches:
+            alike = replace(layout, dp_replicate=1, dp_shard=1, accumulation=1)  # blocks have the same Ways
+
+            def blocks() -> Blocks:
+                if alike not in self._blocks:
+                    self._blocks[alike] = Blocks(self.model, layout)
+                return self._blocks[alike]
+
+            self._searches[layout] = PolicySearch(self.model, layout, self.limits, self.fixed, blocks)
+        return self._searches[layout]
+
+    def _shared_s(self, layout: Layout) -> float:
+        """The bound of compute, of the layout that shards parameters over as many ranks as can be: it has the most room."""
+        return self._search(replace(layout, dp_replicate=1, dp_shard=layout.num_dp)).shared_s
+
+    def _encoded(self, found: Outcome) -> Outcome:
+        """The same with as many frames in the codec at once as cost nothing."""
+        sizes = [size for size in VAE_MINI_BATCHES if size <= self.problem.shape.num_frames]
+        several = [self.model.predict(replace(found.layout, vae_mini_batch=size), found.policies) for size in sizes]
+        fitting = [outcome for outcome in several if fits(outcome, self.limits)]
+        return min(fitting, key=lambda item: (item.cost.step_s, -item.layout.vae_mini_batch), default=found)
 
 
-def num_recomputed(policy: tuple[Policy, ...]) -> int:
-    """Blocks of which anything is recomputed."""
-    return sum(RECOMPUTE in asdict(item).values() for item in policy)
+def decide(
+    searches: Sequence[ShapeSearch], candidates: Sequence[Mapping[str, int]], weights: Sequence[float]
+) -> list[Answer] | None:
+    """The mesh with the least weighted sum of step times, and the best of every shape on it; None where none fits all."""
+    bounds = [[search.least_s(mesh) for search in searches] for mesh in candidates]
+    sums = [_weighted(least, weights) for least in bounds]
+    best: list[Outcome] = []
+    best_s = math.inf
+    for least_s, least, mesh in sorted(zip(sums, bounds, candidates, strict=True), key=lambda item: item[0]):
+        if least_s >= best_s:
+            break
+        found: list[Outcome] = []
+        total_s = least_s  # bounds, replaced by step times one after the other
+        for search, weight, bound_s in zip(searches, weights, least, strict=True):
+            outcome = search.best(mesh, bound_s + (best_s - total_s) / weight)
+            if outcome is None:
+                break
+            found.append(outcome)
+            total_s += weight * (outcome.cost.step_s - bound_s)
+        if len(found) == len(searches) and total_s < best_s:
+            best, best_s = found, total_s
+    if not best:
+        return None
+    pairs = zip(searches, best, strict=True)
+    return [Answer(search.problem, outcome, search.limits, search.seen()) for search, outcome in pairs]
+
+
+def _weighted(seconds: Sequence[float], weights: Sequence[float]) -> float:
+    return sum(weight * value for weight, value in zip(weights, seconds, strict=True))
 
 
 def plan_run(
-    config: TransformerConfig, shapes: list[VideoShape], device: Device, *, batch: int, num_text_tokens: int, dtype: str,
-    limit_bytes: int | None = None, policy: tuple[Policy, ...] | None = None, mesh: Mapping[str, int] = ONE,
+    config: TransformerConfig, shapes: list[VideoShape], cluster: Cluster | Device, *, batch: int, num_text_tokens: int,
+    dtype: str, limit_bytes: int | None = None, policy: tuple[Policy, ...] | None = None,
+    mesh: Mapping[str, int] | None = None, weights: Sequence[float] | None = None, ema: bool = True, encode: bool = False,
+    parked: tuple[str, ...] = (), model_of: Callable[[Problem, int | None], Model] = StepModel,
 ) -> Plan:  # fmt: skip
-    """The Plan for a run on ranks that are all this device.
+    """The Plan for a run on all devices of a cluster; a Device is a cluster of one.
 
     batch            samples a step, of all ranks together, the same for every shape
     num_text_tokens  of the text encoder that the run will use
     dtype            "float32", "bfloat16", or "auto": the one with the shorter steps, summed over the shapes
     limit_bytes      memory that may be used; 0.9 of the device's by default
     policy           of each block, where it is not to be searched
-    mesh             ranks by axis: dp_replicate, dp_shard, sp
+    mesh             ranks by axis (dp_replicate, dp_shard, sp), where it is not to be searched
+    weights          steps of each shape, for the sum that decides about the mesh; all alike by default
+    ema, encode      whether the run keeps an average of the weights; whether the codec encodes inside the step
+    parked           states that lie in host memory between their uses (plan.PARKABLE)
 
-    Raises UserError when the ranks cannot share the batch evenly, or when a shape fits in no way, with what is missing and the nearest shape that fits.
+    Raises UserError when the ranks cannot share the batch evenly, when the cluster lacks a link that its ranks need, or when a
+    shape fits in no way: with what is missing, how many devices would do and the nearest shape that fits.
     """
     if batch < 1 or num_text_tokens < 1 or not shapes:
         raise UserError(
             f"a Plan needs at least one shape, sample and text token, got {len(shapes)}, {batch} and {num_text_tokens}."
         )
-    num_dp, num_shards = mesh["dp_replicate"] * mesh["dp_shard"], mesh["dp_shard"] * mesh["sp"]
-    if batch % num_dp:
-        raise UserError(
-            f"a step of {batch} samples does not divide over {num_dp} data-parallel ranks; give a batch that is a multiple of {num_dp}."
-        )
-    if dtype == "auto":
-        return _faster_dtype(config, shapes, device, batch, num_text_tokens, limit_bytes, policy, mesh)
-    limit = int(SAFETY * device.memory_bytes) if limit_bytes is None else limit_bytes
-    if device.kind == "cuda":
-        limit -= device.process_bytes or 0  # of the context; see memory.py
-    entries = []
-    for shape in dict.fromkeys(shapes):
-        _check_grid(config, shape)
-        work = sharded(Workload(config, shape, batch // num_dp, num_text_tokens), mesh["sp"])
-        entries.append(_entry(work, device, dtype, limit, policy, num_shards))
-    return Plan(
-        model=config.fingerprint(),
-        device=device.fingerprint(),
-        device_name=device.name,
-        compute_dtype=dtype,
-        num_text_tokens=num_text_tokens,
-        entries=tuple(entries),
-        peak_flops=device.matmul_flops.get(dtype),
-        mesh=dict(mesh),
-        fsdp_group="global" if num_shards > 1 else "none",
-        device_threads=device.num_threads,
-        device_gib=device.memory_gib,
+    if isinstance(cluster, Device):
+        cluster = Cluster(cluster.name, cluster)
+    weighed = _weighed(shapes, weights)
+    for shape in weighed:
+        check_grid(config, shape)
+    if mesh is not None:
+        check_mesh(mesh, cluster)
+    dtypes = DTYPE_BYTES if dtype == "auto" else (dtype,)
+    number = math.prod(mesh.values()) if mesh is not None else cluster.num_devices
+    found: list[tuple[str, list[Answer]]] = []
+    refusal: UserError | None = None
+    for name in dtypes:
+        problems = [
+            Problem(cluster, config, shape, batch, num_text_tokens, name, number, ema=ema, encode=encode, parked=parked)
+            for shape in weighed
+        ]
+        try:
+            found.append((name, answers(problems, mesh, list(weighed.values()), policy, limit_bytes, model_of)))
+        except UserError as error:
+            refusal = error  # the last is of the narrower dtype: the nearest to fitting
+    if not found:
+        assert refusal is not None
+        raise refusal
+    name, best = min(
+        found, key=lambda item: _weighted([one.best.cost.step_s for one in item[1]], list(weighed.values()))
     )
+    return _plan(config, cluster, name, num_text_tokens, parked, best)
+
+
+def answers(
+    problems: Sequence[Problem], mesh: Mapping[str, int] | None, weights: Sequence[float], policy: Policies | None = None,
+    limit_bytes: int | None = None, model_of: Callable[[Problem, int | None], Model] = StepModel,
+) -> list[Answer]:  # fmt: skip
+    """The best of every shape on the best mesh, or on `mesh`. UserError as `plan_run`."""
+    candidates = [mesh] if mesh is not None else common_meshes(problems)
+    searches = [ShapeSearch(model_of(problem, limit_bytes), policy) for problem in problems]
+    if (found := decide(searches, candidates, weights)) is not None:
+        return found
+    for search in searches:
+        for candidate in candidates:
+            if search.best(candidate) is not None:
+                break
+        else:
+            leanest = min(search.seen(), key=lambda item: item.memory.peak_bytes)
+            raise nothing_fits(
+                search.problem,
+                search.limits,
+                leanest,
+                lambda problem: model_of(problem, limit_bytes),
+                given=mesh is not None,
+            )
+    raise no_common_mesh(problems)
 
 
 def confidence(device: Device) -> str:
     """What the predictions rest on, from the probe's own residuals."""
+    source = f"rates {device.source or 'of unknown source'}"
+    if not device.timings:
+        return f"{source}; declared, not measured; reading and encoding data not included"
     held_out = (
         "no held-out sizes"
         if device.fit_error is None
@@ -130,116 +223,65 @@ def confidence(device: Device) -> str:
     )
     spread = statistics.median(timing.spread for timing in device.timings)
     return (
-        f"rates {device.source or 'of unknown source'}; interpolated between sizes, {held_out}; "
+        f"{source}; interpolated between sizes, {held_out}; "
         f"repeats spread by {spread:.0%} (large on a machine that others use); reading and encoding data not included"
     )
 
 
-def _faster_dtype(
-    config: TransformerConfig, shapes: list[VideoShape], device: Device, batch: int, num_text_tokens: int,
-    limit_bytes: int | None, policy: tuple[Policy, ...] | None, mesh: Mapping[str, int],
-) -> Plan:  # fmt: skip
-    plans, refusals = [], []
-    for dtype in DTYPE_BYTES:
-        try:
-            plan = plan_run(
-                config,
-                shapes,
-                device,
-                batch=batch,
-                num_text_tokens=num_text_tokens,
-                dtype=dtype,
-                limit_bytes=limit_bytes,
-                policy=policy,
-                mesh=mesh,
-            )
-            plans.append(plan)
-        except UserError as error:
-            refusals.append(error)
-    if not plans:
-        raise refusals[-1]  # of the narrower dtype: the nearest to fitting
-    return min(plans, key=lambda plan: sum(entry.predicted.step_s for entry in plan.entries))
-
-
-def sharded(work: Workload, sp: int) -> Workload:
-    """The workload on `sp` ranks, by frames where that leaves no rank with over 5 % more rows than by tokens.
-
-    Frames exchange half as much: 2 volumes of activations a layer forward against 4 (parallel/sequence.py).
-    """
-    if sp == 1:
-        return work
-    frames, tokens = replace(work, sp=sp, axis="frames"), replace(work, sp=sp, axis="tokens")
-    few_heads = work.config.num_attention_heads < sp
-    return frames if few_heads or frames.rows <= MORE_ROWS * tokens.rows else tokens
-
-
-def _entry(
-    work: Workload, device: Device, dtype: str, limit: int, policy: tuple[Policy, ...] | None, num_shards: int
-) -> PlanEntry:
-    space = choices(work, device, dtype, policy, num_shards)
-    fitting = [choice for choice in space if choice.memory.peak_bytes <= limit]
-    if not fitting:
-        raise _nothing_fits(
-            work, device, dtype, limit, num_shards, min(space, key=lambda choice: choice.memory.peak_bytes)
-        )
-    best = min(fitting, key=lambda choice: (choice.cost.step_s, choice.memory.peak_bytes))
-    others = sorted((choice for choice in space if choice is not best), key=lambda choice: choice.cost.step_s)
-    moved = offload_budget_bytes(replace(work, batch=best.microbatch), best.policy, dtype)
-    rests_on = confidence(device) + ("; the time of copies to host memory not included" if moved else "")
-    rests_on += "; what ranks exchange not included" if max(num_shards, work.sp) > 1 else ""
-    return PlanEntry(
-        shape=str(work.shape),
-        policy=best.policy,
-        offload_bytes=moved,
-        microbatch=best.microbatch,
-        accumulation=best.accumulation,
-        shard=SHARDS[work.axis] if work.sp > 1 else ShardSpec(),
-        predicted=Prediction(best.cost.step_s, best.cost.parts(), best.peak_gib, best.memory.parts_gib(), rests_on),
-        runners_up=tuple(_runner_up(other, best, limit) for other in others[:NUM_RUNNERS_UP]),
-    )
-
-
-def _runner_up(other: Choice, best: Choice, limit: int) -> dict[str, object]:
-    if other.memory.peak_bytes > limit:
-        why = f"does not fit: {other.peak_gib:.2f} of {limit / GIB:.2f} GiB"
-    else:
-        reasons = []
-        if other.num_recomputed > best.num_recomputed:
-            reasons.append(f"recomputes {other.num_recomputed - best.num_recomputed} blocks more than memory asks for")
-        if other.microbatch != best.microbatch:
-            reasons.append("larger microbatches" if other.microbatch > best.microbatch else "smaller microbatches")
-        why = f"slower by {other.cost.step_s / best.cost.step_s - 1:.1%}: {' and '.join(reasons) or 'recomputes less but costs more'}"
-    return {"choice": str(other), "step_s": other.cost.step_s, "peak_gib": other.peak_gib, "why": why}
-
-
-def _check_grid(config: TransformerConfig, shape: VideoShape) -> None:
-    side = config.pos_embed_max_size * config.patch_size * CODEC_FACTOR
-    if shape.width > side or shape.height > side:
+def _weighed(shapes: Sequence[VideoShape], weights: Sequence[float] | None) -> dict[VideoShape, float]:
+    """Each shape once, with its weight."""
+    if weights is None:
+        return dict.fromkeys(shapes, 1.0)
+    if len(weights) != len(shapes) or not all(weight > 0 for weight in weights):
         raise UserError(
-            f"{shape} exceeds the model's position grid of {side} x {side} pixels; choose a smaller shape or another model."
+            f"expected a positive weight for each of {len(shapes)} shapes, got {list(weights)}; give the steps that each takes."
         )
+    found = dict.fromkeys(shapes, 0.0)
+    for shape, weight in zip(shapes, weights, strict=True):
+        found[shape] += weight
+    return found
 
 
-def _nothing_fits(
-    work: Workload, device: Device, dtype: str, limit: int, num_shards: int, leanest: Choice
-) -> UserError:
-    def fits(frames: int) -> bool:
-        one = replace(work, batch=1, shape=replace(work.shape, num_frames=frames))
-        layers = work.config.num_layers
-        memory = step_memory(one, device, dtype, num_recomputed=layers, accumulation=work.batch, num_shards=num_shards)
-        return memory.peak_bytes <= limit
-
-    low, high = 0, work.shape.num_frames  # `low` frames fit or are 0, `high` do not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    resident_gib = (leanest.memory.states_bytes + leanest.memory.process_bytes) / GIB
-    nearest = (
-        f"the nearest that fits is {replace(work.shape, num_frames=low)}"
-        if low
-        else f"not even one frame fits, parameters and optimizer alone take {resident_gib:.2f} GiB"
+def _plan(
+    config: TransformerConfig, cluster: Cluster, dtype: str, num_text_tokens: int, parked: tuple[str, ...],
+    found: Sequence[Answer],
+) -> Plan:  # fmt: skip
+    device, layout = cluster.device, found[0].best.layout
+    inside = cluster.num_nodes > 1 and cluster.num_devices_per_node % layout.num_shards == 0
+    return Plan(
+        model=config.fingerprint(),
+        device=device.fingerprint(),
+        device_name=device.name,
+        compute_dtype=dtype,
+        num_text_tokens=num_text_tokens,
+        entries=tuple(_entry(answer) for answer in found),
+        peak_flops=device.matmul_flops.get(dtype),
+        mesh=layout.mesh,
+        fsdp_group="none" if layout.num_shards == 1 else "node" if inside else "global",
+        device_threads=device.num_threads,
+        device_gib=device.memory_gib,
+        parked=parked,
     )
-    return UserError(
-        f"{work.shape} in {dtype} needs {leanest.peak_gib:.2f} GiB at the least ({leanest}), {limit / GIB:.2f} GiB may be used "
-        f"on {device.name}, {leanest.peak_gib - limit / GIB:.3f} GiB are missing; {nearest}."
+
+
+def _entry(answer: Answer) -> PlanEntry:
+    best, layout = answer.best, answer.best.layout
+    memory = best.memory
+    rests_on = "; ".join(
+        [confidence(answer.problem.cluster.device), *(f"{what} not included" for what in best.left_out)]
+    )
+    return PlanEntry(
+        shape=str(answer.problem.shape),
+        policy=best.policies,
+        offload_bytes=host_bytes(best.ways),
+        microbatch=layout.microbatch,
+        accumulation=layout.accumulation,
+        shard=layout.shard,
+        num_chunks=layout.num_chunks,
+        vae_mini_batch=layout.vae_mini_batch,
+        prefetch_depth=layout.prefetch_depth,
+        predicted=Prediction(
+            best.cost.step_s, best.cost.parts(), memory.peak_bytes / GIB, memory.parts_gib(), rests_on
+        ),
+        runners_up=runners_up(answer.seen, best, answer.limits),
     )

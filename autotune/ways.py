@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from vchitect_fast.autotune.block import BlockSeconds
-from vchitect_fast.offload.policy import SLOT_BYTES, GroupBytes, block_bytes, without_offload
+from vchitect_fast.offload.policy import SLOT_BYTES, GroupBytes, block_bytes, offloads, without_offload
 from vchitect_fast.plan import ACTIONS, KEEP, OFFLOAD, RECOMPUTE, Policy, ShardSpec
 from vchitect_fast.workload import Workload
 
@@ -49,24 +49,24 @@ def way(
         return block_bytes(work, policy, block, dtype, device_kind=device_kind, shard=shard)
 
     whole = sum(item.num_bytes for item in saved(Policy.keep()))
-    if block == work.config.num_layers - 1:
-        policy = without_offload(policy)
-    if policy == Policy.keep():
+    done = without_offload(policy) if block == work.config.num_layers - 1 else policy
+    if done == Policy.keep():
         return Way(policy, 0.0, whole, 0, 0, 0)
-    groups = saved(policy)
+    groups = saved(done)
     kept = sum(item.num_bytes for item in groups if item.action == KEEP)
     moved = [size for item in groups if item.action == OFFLOAD for size in item.sizes]
     again = ["cheap", "out"]
     for group, names in MADE_AGAIN.items():
-        again += names if getattr(policy, group) == RECOMPUTE else ()
+        again += names if getattr(done, group) == RECOMPUTE else ()
     slots = sum(-(-size // SLOT_BYTES) * SLOT_BYTES for size in moved)
     return Way(policy, parts.sum(*again).forward_s, kept, sum(moved), slots, max(0, whole - kept))
 
 
 def ways(work: Workload, parts: BlockSeconds, block: int, dtype: str, device_kind: str, shard: ShardSpec) -> list[Way]:
-    """Of every Policy, for one block; the same price twice is listed once."""
-    found = (way(work, parts, policy, block, dtype, device_kind, shard) for policy in POLICIES)
-    return list({item.policy: item for item in found}.values())
+    """Of every Policy, for one block; of the last block of those that offload nothing, the others are the same there."""
+    last = block == work.config.num_layers - 1
+    asked = (policy for policy in POLICIES if not (last and offloads(policy)))
+    return [way(work, parts, policy, block, dtype, device_kind, shard) for policy in asked]
 
 
 def host_bytes(chosen: Sequence[Way]) -> int:

@@ -51,7 +51,7 @@ def test_bare_measures_plans_and_writes_both(
     plan = Plan.load(out)
     assert plan.model == preset("vchitect-nano").fingerprint()
     printed = capsys.readouterr().out
-    for words in ("measured made-up CPU", "2x32x32", "0 of 2", "forward", "why the others lost", "slower by", "wrote"):
+    for words in ("measured made-up CPU", "2x32x32", "0 of 2", "forward", "wrote"):
         assert words in printed
 
 

@@ -15,7 +15,7 @@ from made_up_device import device
 from vchitect_fast.architecture import preset
 from vchitect_fast.autotune.cost import step_cost
 from vchitect_fast.autotune.memory import GIB, step_memory
-from vchitect_fast.autotune.search import choices, plan_run
+from vchitect_fast.autotune.search import plan_run
 from vchitect_fast.cluster import Device
 from vchitect_fast.errors import UserError
 from vchitect_fast.plan import Plan, PlanEntry, Policy, ShardSpec
@@ -64,22 +64,17 @@ def test_the_peak_of_a_gpu_is_without_its_context() -> None:
     assert planned(peak - 1, on=tight) == planned(peak - 1 + context, on=device(kind="cuda")) != planned(peak, on=tight)
 
 
-def test_the_choice_is_the_fastest_that_fits_at_every_limit() -> None:
+def test_the_choice_is_no_slower_than_whole_blocks_at_every_limit() -> None:
     every = space(4)
     peaks = sorted(peak for _, peak in every.values())
     chosen = set()
     for limit in [*peaks, peaks[-1] + 1]:
         entry = planned(limit)
         fitting = {key: value for key, value in every.items() if value[1] <= limit}
-        assert entry.predicted.step_s == min(seconds for seconds, _ in fitting.values())
-        chosen.add((entry.microbatch, entry.num_recomputed))
+        assert entry.predicted.step_s <= min(seconds for seconds, _ in fitting.values()) * (1 + 1e-9)
+        assert entry.predicted.peak_gib * GIB <= limit * (1 + 1e-9)
+        chosen.add(entry.policy)
     assert len(chosen) > 2  # the limits really make a difference
-
-
-def test_the_space_is_whole() -> None:
-    found = choices(Workload(TINY, SHAPE, 6, 16), device(), "float32")
-    assert {(c.microbatch, c.accumulation) for c in found} == {(1, 6), (2, 3), (3, 2), (6, 1)}
-    assert len(found) == 4 * (TINY.num_layers + 1)
 
 
 def test_more_memory_is_never_slower() -> None:
@@ -94,14 +89,6 @@ def test_keeps_everything_where_everything_fits() -> None:
     assert all(other["why"].startswith("slower by") for other in entry.runners_up)
 
 
-def test_the_first_blocks_recompute() -> None:
-    peaks = sorted({peak for (microbatch, _), (_, peak) in space(1).items() if microbatch == 1})
-    entry = planned(peaks[-1] - 1, batch=1)
-    kept = entry.policy.index(Policy.keep()) if Policy.keep() in entry.policy else TINY.num_layers
-    assert kept == entry.num_recomputed > 0
-    assert set(entry.policy[kept:]) <= {Policy.keep()}
-
-
 def test_runners_up_that_were_faster_did_not_fit() -> None:
     limit = sorted(peak for _, peak in space(4).values())[2]
     entry = planned(limit)
@@ -110,7 +97,7 @@ def test_runners_up_that_were_faster_did_not_fit() -> None:
         faster = other["step_s"] < entry.predicted.step_s
         assert faster == other["why"].startswith("does not fit")
         if faster:
-            assert other["why"] == f"does not fit: {other['peak_gib']:.2f} of {limit / GIB:.2f} GiB"
+            assert other["why"].startswith(f"does not fit: {other['peak_gib']:.2f} of {limit / GIB:.2f} GiB at the ")
 
 
 def test_uses_nine_tenths_of_the_device_by_default() -> None:
@@ -191,7 +178,7 @@ def test_a_mesh_divides_batch_rows_and_states() -> None:
     assert (dp.microbatch, dp.accumulation, dp.shard) == (one.microbatch, one.accumulation, ShardSpec())
     assert dp.predicted.step_parts_s["forward_s"] == one.predicted.step_parts_s["forward_s"]
     assert dp.predicted.step_parts_s["optimizer_s"] < 0.6 * one.predicted.step_parts_s["optimizer_s"]
-    assert "what ranks exchange not included" in dp.predicted.confidence
+    assert "gathered parameters and reduced gradients not included" in dp.predicted.confidence
     [halves] = plan(4, sp=2).entries
     assert halves.shard == ShardSpec("frames", temporal="tokens")
     assert 0.4 < halves.predicted.step_s / one.predicted.step_s < 0.7
