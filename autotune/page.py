@@ -55,7 +55,7 @@ def plan_page(plan: Plan, cluster: Cluster, found: Sequence[Explanation]) -> str
     body = [
         f"<h1>{foreign(title)}</h1>",
         f'<p class="lead">{shapes}, {text(plan.compute_dtype)}, {plan.num_text_tokens} text tokens'
-        f"{f', mesh {text(mesh)}' if mesh else ''}. Cluster {foreign(cluster.name)}. All of it is predicted, nothing on this page was measured.</p>",
+        f"{f', mesh {text(mesh)}' if mesh else ''}. Cluster {foreign(cluster.name)}. All steps on this page are predicted, none was run.</p>",
         _overview(found) if len(found) > 1 else "",
         *(part for item in found for part in _entry(item)),
         *_rests_on(plan, cluster),

@@ -21,6 +21,7 @@ from vchitect_fast.page import Bar, lane, legend, text
 GIB = 2**30
 MIN_SHARE = 1 / 900  # of the width: a smaller bar joins its neighbour
 HIGH = 1.08  # of the memory picture, in units of the larger of limit and peak
+NEAR_FLOOR = 80.0  # of the memory picture's height, counted from above: words below a line would leave it
 TICKS = 5
 
 COLOURS = {
@@ -94,8 +95,10 @@ def memory_over_time(timeline: Timeline, base_bytes: int, limit_bytes: int) -> s
     high = HIGH * max(limit_bytes, fullest[1])
     corners = " ".join(f"{1000 * at_s / total:.1f},{100 * (1 - value / high):.1f}" for at_s, value in moments)
     limit_y, peak_y, peak_x = 100 * (1 - limit_bytes / high), 100 * (1 - fullest[1] / high), 100 * fullest[0] / total
-    # The higher of the two has its words above its line, the other below: they never meet.
-    above, below = f"bottom:{100 - min(limit_y, peak_y):.1f}%", f"top:{max(limit_y, peak_y):.1f}%"
+    # The higher of the two has its words above its line, the other below, near the floor above too: they never meet.
+    lower = max(limit_y, peak_y)
+    above = f"bottom:{100 - min(limit_y, peak_y):.1f}%"
+    below = f"top:{lower:.1f}%" if lower < NEAR_FLOOR else f"bottom:{100 - lower:.1f}%"
     limit_place, peak_place = (below, above) if over else (above, below)
     side = f"right:{100 - peak_x:.1f}%" if peak_x > 50 else f"left:{peak_x:.1f}%"
     said = f"memory over the step, at most {gib(fullest[1] / GIB)}, {gib(limit_bytes / GIB)} may be used"
@@ -177,7 +180,7 @@ def _grid(
     parts = []
     for tick in x_ticks:
         x, _ = place(tick, y_ticks[0])
-        anchor = "end" if tick == x_ticks[-1] else "middle"
+        anchor = {x_ticks[0]: "start", x_ticks[-1]: "end"}.get(tick, "middle")
         parts.append(f'<line class="axis" x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{FLOOR}"></line>')
         parts.append(f'<text x="{x:.1f}" y="{FLOOR + 14}" text-anchor="{anchor}">{tick:g}</text>')
     for tick in y_ticks:

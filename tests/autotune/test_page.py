@@ -117,6 +117,16 @@ def test_the_memory_picture_has_limit_and_peak_in_their_places(peak_bytes: int) 
     assert f"peak {peak_bytes // GIB}.00 GiB" in source.text and "may be used: 10.00 GiB" in source.text
 
 
+@pytest.mark.parametrize(("limit", "sides"), [(10, "bottom top"), (200, "bottom bottom"), (6, "top bottom")])
+def test_the_words_of_limit_and_peak_stay_inside_and_apart(limit: int, sides: str) -> None:
+    places = [item["style"] for item in Page(streams(a_step(), 2 * GIB, limit * GIB)).all("small")]
+    found = [re.search(r"(top|bottom):([\d.]+)%", place) for place in places]
+    assert " ".join(place[1] for place in found if place) == sides
+    if sides == "bottom bottom":
+        heights = [float(place[2]) for place in found if place]
+        assert heights[0] - heights[1] > 20
+
+
 def test_the_peak_is_drawn_by_part_against_the_limit() -> None:
     found = bars(peak({"states": 2.0, "saved": 4.0, "working": 0.0}, LIMIT))
     assert found == [(0, 20, "states 2.00 GiB"), (20, 40, "saved 4.00 GiB")]
@@ -180,7 +190,7 @@ def test_the_page_says_everything() -> None:
         "Plan for 4 x Made-up 1", "Cluster  made up", "32x512x384", "8x256x256", "visual tokens a second", "does not fit",
         "what would change it".capitalize(), "Why the others lost", "another", "slower", "What it rests on", "a guess",
         "data sheet", "50.0 GB/s, 10 us", "host memory a rank", "then the optimizer", "Choices on the same mesh",
-        "All of it is predicted, nothing on this page was measured.", "too much",
+        "All steps on this page are predicted, none was run.", "too much",
     ):  # fmt: skip
         assert said in page.text, said
     assert [item["href"] for item in page.all("a")] == ["#32x512x384", "#8x256x256"]
