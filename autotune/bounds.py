@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from operator import le
 from typing import TYPE_CHECKING
 
+from vchitect_fast.autotune.cost import StepCost
+from vchitect_fast.autotune.layout import Problem
 from vchitect_fast.autotune.ways import Way
-from vchitect_fast.cluster import Cluster, Link
+from vchitect_fast.cluster import Link
 from vchitect_fast.plan import RECOMPUTE
 
 if TYPE_CHECKING:
@@ -78,23 +80,40 @@ class Kind:
 
     number: int
     ways: Sequence[Way]
+    _known: dict[tuple[float, float], list[Point]] = field(default_factory=dict, compare=False)
 
     def spares(self, way: Way) -> int:
         """Bytes less between forward and backward than when everything is kept."""
         return self.ways[0].kept_bytes - way.kept_bytes
 
+    def stretches(self, weight: float, in_s: float) -> list[Point]:
+        """Of the hull of all these blocks: (weighed seconds a byte spared, bytes); in_s, of a byte copied back."""
+        if (weight, in_s) not in self._known:
+            points = [
+                (float(self.spares(way)), (1 - weight) * way.again_s + weight * way.moved_bytes * in_s)
+                for way in self.ways
+            ]
+            self._known[weight, in_s] = [
+                (_slope(points, a, b), self.number * (points[b][0] - points[a][0]))
+                for a, b in pairwise(lower_hull(points))
+            ]
+        return self._known[weight, in_s]
+
 
 class Bounds:
-    """Of one Layout, whose prediction when everything is kept is `keep`."""
+    """Of one Layout, from what keeping everything takes: a step, and bytes at its fullest moment."""
 
-    def __init__(self, keep: Outcome, kinds: Callable[[], Sequence[Kind]], cluster: Cluster, limit_bytes: int) -> None:
-        parts = keep.cost.parts()
-        self.kinds, self.times = kinds, keep.layout.accumulation
-        self.deficit_bytes = keep.memory.peak_bytes - limit_bytes
+    def __init__(
+        self, cost: StepCost, peak_bytes: int, accumulation: int, kinds: Callable[[], Sequence[Kind]], problem: Problem,
+        limit_bytes: int,
+    ) -> None:  # fmt: skip
+        parts = cost.parts()
+        self.kinds, self.times = kinds, accumulation
+        self.deficit_bytes = peak_bytes - limit_bytes
         self.ends_s = parts["forward_s"] + parts["optimizer_s"] + parts["encode_s"]
         self.compute_s = self.ends_s + parts["backward_s"]
-        self.keep_s = keep.cost.step_s - parts["pressure_s"]
-        self.in_s, self._out_s = (_seconds_a_byte(cluster, name) for name in ("host_to_device", "device_to_host"))
+        self.keep_s = cost.step_s - parts["pressure_s"]
+        self.in_s, self._out_s = (_seconds_a_byte(problem, name) for name in ("host_to_device", "device_to_host"))
 
     def step_s(self, again_s: float, moved_bytes: float) -> float:
         """That a step at least takes, which makes so much again and moves so much, a microbatch."""
@@ -109,14 +128,7 @@ class Bounds:
         return max(self._relaxed(weight) for weight in WEIGHTS)
 
     def _relaxed(self, weight: float) -> float:
-        stretches = []  # of the hulls: (seconds a byte, bytes)
-        for kind in self.kinds():
-            points = [
-                (kind.spares(way), (1 - weight) * way.again_s + weight * way.moved_bytes * self.in_s)
-                for way in kind.ways
-            ]
-            for a, b in pairwise(lower_hull(points)):
-                stretches.append((_slope(points, a, b), kind.number * (points[b][0] - points[a][0])))
+        stretches = [item for kind in self.kinds() for item in kind.stretches(weight, self.in_s)]
         seconds, left = 0.0, float(self.deficit_bytes)
         for slope, num_bytes in sorted(stretches):
             seconds += slope * min(left, num_bytes)
@@ -126,9 +138,15 @@ class Bounds:
         return math.inf  # even the leanest blocks spare too little
 
 
-def _seconds_a_byte(cluster: Cluster, name: str) -> float:
-    """At the best rate that the link ever has; 0.0 where there is none."""
-    return min((1 / _best(link) for link in cluster.links if link.name == name), default=0.0)
+def _seconds_a_byte(problem: Problem, name: str) -> float:
+    """At the best rate that the link has for this run, in which all devices of a node copy at once; 0.0 without a link."""
+    shared = min(problem.num_devices, problem.cluster.num_devices_per_node) > 1
+    found = [link for link in problem.cluster.links if link.name == name]
+    return min((_crowd(link, shared) / _best(link) for link in found), default=0.0)
+
+
+def _crowd(link: Link, shared: bool) -> float:
+    return link.bytes_per_s / link.together_bytes_per_s if shared and link.together_bytes_per_s else 1.0
 
 
 def _best(link: Link) -> float:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cache
 from itertools import pairwise, product
 
 from vchitect_fast.autotune.bounds import lower_hull
@@ -102,10 +103,13 @@ def arranged(choice: Choice, ways: Mapping[Policy, Way]) -> tuple[Policy, ...]:
     others = [policy for policy, number in counts for _ in range(number) if not ways[policy].moved_bytes]
     if not choice.spread or not moving:
         return (*moving, *others, choice.last)
-    number = len(moving) + len(others)
     sources = {True: iter(moving), False: iter(others)}
-    chosen = spread(Fraction(len(moving), number), number)
-    return (*(next(sources[item]) for item in chosen), choice.last)
+    return (*(next(sources[item]) for item in _spread(len(moving), len(moving) + len(others))), choice.last)
+
+
+@cache
+def _spread(chosen: int, number: int) -> tuple[bool, ...]:
+    return spread(Fraction(chosen, number), number)
 
 
 def neighbours(choice: Choice, ways: Sequence[Way], lasts: Sequence[Way], *, two: bool = False) -> Iterator[Choice]:

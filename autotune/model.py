@@ -155,18 +155,45 @@ class StepModel:
         if layout.accumulation > 1 and reduces:
             earlier = Microbatch(prices, layout.shard, chosen, layout.prefetch_depth, reduces=False)
             other = simulate(earlier.tasks, self._contention(layout))
-        points = self._memory(layout, chosen, last, line, work)
+        points = self._adjusted(layout, self._memory(layout, chosen, last, line, work), line, work)
         parked = parked_bytes(self.problem.workload(layout), self.problem.parked, num_shards=layout.num_shards)
-        if parked and self.device.kind != "cpu":
-            points = self._away(layout, points, line, parked)
-        if self.calibration:
-            points = [(t, replace(m, memory=self.calibration.memory(m.memory, work.row_bytes))) for t, m in points]
         fullest = max((moment for _, moment in points), key=lambda item: item.memory.peak_bytes)
         cost = self._cost(layout, chosen, work, line, other, fullest.memory.peak_bytes)
         memory = tuple((time_s, moment.memory.peak_bytes) for time_s, moment in points)
         timeline = replace(line, memory=memory)
         pinned = host_bytes(chosen) + sum(parked.values())
         return Outcome(layout, tuple(chosen), cost, fullest, pinned, timeline, left_out)
+
+    def unhindered(self, layout: Layout) -> tuple[StepCost, int]:
+        """A step that keeps everything while nothing waits for anything, and its peak in bytes; nothing is simulated.
+
+        No choice for the blocks computes less, and none spares more of this peak than it keeps less (bounds.py).
+        """
+        chosen = [self.way(layout, Policy.keep(), block) for block in range(self.config.num_layers)]
+        work, idle = self._work_of(layout), Timeline(())
+        points = [(0.0, moment) for moment in self._moments(layout, chosen, work)]
+        peak = max(moment.memory.peak_bytes for _, moment in self._adjusted(layout, points, idle, work))
+        return self._cost(layout, chosen, work, idle, idle, peak), peak
+
+    def _moments(self, layout: Layout, chosen: Sequence[Way], work: _Work) -> list[Moment]:
+        """Without what is on its way to host memory or back."""
+        return moments(
+            self.problem.workload(layout), self.device, self.dtype, [item.kept_bytes for item in chosen], work.whole,
+            accumulation=layout.accumulation, ema=self.problem.ema, num_shards=layout.num_shards,
+            pool_bytes=host_bytes(chosen) if self.device.kind == "cpu" else 0,  # the pool is the same memory there
+            exchange_bytes=work.exchange_bytes,
+        )  # fmt: skip
+
+    def _adjusted(
+        self, layout: Layout, points: list[tuple[float, Moment]], line: Timeline, work: _Work
+    ) -> list[tuple[float, Moment]]:
+        """Without states that are parked, and as the calibration says."""
+        parked = parked_bytes(self.problem.workload(layout), self.problem.parked, num_shards=layout.num_shards)
+        if parked and self.device.kind != "cpu":
+            points = self._away(layout, points, line, parked)
+        if self.calibration:
+            points = [(t, replace(m, memory=self.calibration.memory(m.memory, work.row_bytes))) for t, m in points]
+        return points
 
     def _block_parts(self, layout: Layout) -> tuple[list[BlockSeconds], Seconds]:
         work, twice = self.problem.workload(layout), _resharded(layout)
@@ -253,17 +280,12 @@ class StepModel:
         self, layout: Layout, chosen: Sequence[Way], batch: Microbatch, line: Timeline, work: _Work
     ) -> list[tuple[float, Moment]]:
         """The moments of the microbatch, in order of time, with the offloaded bytes that are there."""
-        on_cpu = self.device.kind == "cpu"  # the pool is the same memory there
+        on_cpu = self.device.kind == "cpu"
         end = [task.end_s for task in line.tasks]
 
         def at(place: int) -> float:
             return end[place] if place >= 0 else 0.0
 
-        found = moments(
-            self.problem.workload(layout), self.device, self.dtype, [item.kept_bytes for item in chosen], work.whole,
-            accumulation=layout.accumulation, ema=self.problem.ema, num_shards=layout.num_shards,
-            pool_bytes=host_bytes(chosen) if on_cpu else 0, exchange_bytes=work.exchange_bytes,
-        )  # fmt: skip
         away = []  # (block, from, until) that its bytes are on the device beside the block's own forward and backward
         for block, item in enumerate(chosen):
             if item.moved_bytes and not on_cpu:
@@ -271,16 +293,18 @@ class StepModel:
                 back = line.tasks[batch.in_task[block]].start_s
                 away.append((block, back, at(batch.backward_begin[block]), item.moved_bytes))
         points = []
-        for moment in found:
-            block = moment.block
-            if block is None:
+        for moment in self._moments(layout, chosen, work):
+            if moment.block is None:
                 start = until = at(batch.forward_done)
             else:
-                start, until = at(batch.backward_begin[block]), at(batch.backward_end[block])
-            there = sum(num for own, since, till, num in away if own != block and since <= until and till > start)
+                start, until = at(batch.backward_begin[moment.block]), at(batch.backward_end[moment.block])
+            there = sum(
+                num for own, since, till, num in away if own != moment.block and since <= until and till > start
+            )
             share = {"text MLP": 0.0, "visual MLP": 0.5, "attention": 1.0}.get(moment.phase, 0.0)
-            memory = replace(moment.memory, in_flight_bytes=there)
-            points.append((start + share * (until - start), replace(moment, memory=memory)))
+            if there:
+                moment = replace(moment, memory=replace(moment.memory, in_flight_bytes=there))
+            points.append((start + share * (until - start), moment))
         return points
 
     def _away(

@@ -2,7 +2,6 @@
 
     PolicySearch(model, layout, limits)     predicts "keep everything" once
         .least_s                            no choice of this layout takes less: so layouts can be left out
-        .shared_s                           nor of one that shards the parameters less
         .search(cutoff_s) -> Found          the best choice, if one beats the cutoff
 
 Time and memory are those of `model.predict`, which takes milliseconds; so what is worth predicting is found with a sketch.
@@ -34,9 +33,11 @@ from vchitect_fast.offload.policy import offloads
 from vchitect_fast.plan import RECOMPUTE, Policy
 
 if TYPE_CHECKING:
+    from vchitect_fast.autotune.cost import StepCost
     from vchitect_fast.autotune.model import Limits, Outcome
 
 NUM_ROUNDS = 6  # of making a choice leaner until it fits
+DOWNHILL = 0.05  # a start that is slower than the time to beat by more than this is not followed
 SKETCH_ERROR = 0.01  # what is sketched above the time to beat by no more than this is predicted all the same
 EXACT_LAYERS = 5  # up to so many blocks every assignment is looked at,
 EXACT_NODES = 200_000  # unless there are more beginnings of assignments than this
@@ -54,6 +55,10 @@ class Model(Protocol):
 
     def predict(self, layout: Layout, policies: Sequence[Policy]) -> Outcome:
         """Time and memory of a step."""
+        ...
+
+    def unhindered(self, layout: Layout) -> tuple[StepCost, int]:
+        """A step that keeps everything while nothing waits, and its peak in bytes."""
         ...
 
     def limits(self) -> Limits:
@@ -109,7 +114,10 @@ class PolicySearch:
         self.best: Outcome | None = None
         self.cutoff_s = math.inf
         self.keep = self.predict((WHOLE,) * self.num_layers)
-        self.bounds = Bounds(self.keep, lambda: self.blocks.kinds, model.problem.cluster, limits.device_bytes)
+        self.bounds = Bounds(
+            self.keep.cost, self.keep.memory.peak_bytes, layout.accumulation, lambda: self.blocks.kinds, model.problem,
+            limits.device_bytes,
+        )  # fmt: skip
 
     @cached_property
     def blocks(self) -> Blocks:
@@ -121,11 +129,6 @@ class PolicySearch:
         """No choice of this layout takes less; math.inf where none fits."""
         return self.bounds.keep_s if self.fixed else max(self.bounds.keep_s, self.bounds.relaxed_s)
 
-    @property
-    def shared_s(self) -> float:
-        """Nor of a layout that shards the parameters less."""
-        return self.bounds.compute_s if self.fixed else self.bounds.relaxed_s
-
     def search(self, cutoff_s: float = math.inf) -> Found:
         """The fastest that fits; only what beats the cutoff counts."""
         self.cutoff_s = cutoff_s
@@ -134,10 +137,12 @@ class PolicySearch:
             for depth in PREFETCH_DEPTHS if self._moves(self.fixed) else (1,):
                 self.attempt(self.fixed, depth)
         elif not self.attempt(self.keep.policies) or self.keep.cost.parts()["pressure_s"]:
-            sketch = self._sketch()
             if not math.isinf(self.least_s):  # else nothing fits
-                self._choose(sketch)
+                self._choose(self._sketch())
                 proven = self._every()
+            if self.best is None:
+                for policies in self._lean():
+                    self.attempt(policies)
         return Found(self.best, min(self.seen.values(), key=lambda item: item.memory.peak_bytes), proven)
 
     def predict(self, policies: Sequence[Policy], depth: int = 1) -> Outcome:
@@ -162,7 +167,7 @@ class PolicySearch:
         return self.best.cost.step_s if self.best else self.cutoff_s
 
     def _sketch(self) -> Sketch:
-        """Taught by what keeps least, without copies and with: which also says whether anything fits."""
+        """Taught by what keeps least."""
         device = self.model.problem.cluster.device
         limit = float(self.limits.device_bytes)
         pressed, price = math.inf, 0.0
@@ -171,12 +176,17 @@ class PolicySearch:
             pressed, price = device.pressure_fraction * device.memory_bytes - context, device.remap_s_per_gib
         whole = [self.blocks.way[self._kind(block)][WHOLE].kept_bytes for block in range(self.num_layers)]
         sketch = Sketch(self.keep, Limit(limit, pressed, price), whole)
-        last = min(self.blocks.last, key=_leanness).policy
-        for ways in (self.blocks.middle, [way for way in self.blocks.middle if not way.moved_bytes]):
-            policies = (min(ways, key=_leanness).policy,) * (self.num_layers - 1) + (last,)
-            self.attempt(policies)
-            sketch.learn(self.predict(policies))
+        leanest, *_ = self._lean()
+        self.attempt(leanest)
+        sketch.learn(self.predict(leanest))
         return sketch
+
+    def _lean(self) -> list[tuple[Policy, ...]]:
+        """What keeps least: with copies, if there are any, and without, as far as these are not the same."""
+        last, middle = min(self.blocks.last, key=_leanness).policy, self.blocks.middle
+        kinds = (middle, [way for way in middle if not way.moved_bytes])
+        each = dict.fromkeys(min(ways, key=_leanness).policy for ways in kinds)
+        return [(policy,) * (self.num_layers - 1) + (last,) for policy in each]
 
     # Numbers of blocks
 
@@ -195,6 +205,8 @@ class PolicySearch:
 
         for start in starts:
             choice = start
+            if value(choice) >= (1 + DOWNHILL) * self.target_s:
+                continue
             for _ in range(NUM_ROUNDS):
                 choice = self._downhill(choice, value, ways)
                 if value(choice) >= (1 + SKETCH_ERROR) * self.target_s:

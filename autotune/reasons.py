@@ -12,7 +12,7 @@ Layer 0 only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vchitect_fast.autotune.bounds import fits
@@ -44,7 +44,7 @@ PARTS = {
 
 def num_doing(action: str, policies: Iterable[Policy]) -> int:
     """Blocks of which any group is kept, recomputed or offloaded."""
-    return sum(action in asdict(policy).values() for policy in policies)
+    return sum(action in (p.block_input, p.qkv, p.branch_out, p.mlp_pre, p.stats) for p in policies)
 
 
 def summary(outcome: Outcome) -> str:
@@ -138,6 +138,13 @@ def _gib(num_bytes: float) -> str:
 
 
 # Where nothing fits
+
+
+def leanest_of(model: Model, several: Iterable[Layout]) -> Outcome:
+    """Of these layouts with the smallest microbatch the one that takes the least memory when blocks keep their inputs only."""
+    smallest = [layout for layout in several if layout.microbatch == 1]
+    outcomes = [model.predict(layout, lean_policies(model.problem)) for layout in smallest]
+    return min(outcomes, key=lambda item: item.memory.peak_bytes)
 
 
 def nothing_fits(

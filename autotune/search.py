@@ -19,13 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vchitect_fast.architecture import TransformerConfig
-from vchitect_fast.autotune.bounds import fits
+from vchitect_fast.autotune.bounds import Bounds, fits
 from vchitect_fast.autotune.layout import Layout, Problem
 from vchitect_fast.autotune.memory import GIB
 from vchitect_fast.autotune.model import SAFETY as SAFETY
 from vchitect_fast.autotune.model import Limits, Outcome, StepModel
 from vchitect_fast.autotune.policies import Blocks, Model, PolicySearch
-from vchitect_fast.autotune.reasons import no_common_mesh, nothing_fits, runners_up
+from vchitect_fast.autotune.reasons import leanest_of, no_common_mesh, nothing_fits, runners_up
 from vchitect_fast.autotune.space import VAE_MINI_BATCHES, check_grid, check_mesh, common_meshes, layouts
 from vchitect_fast.autotune.ways import host_bytes
 from vchitect_fast.cluster import Cluster, Device
@@ -56,22 +56,39 @@ class ShapeSearch:
         self.limits = model.limits()
         self._blocks: dict[Layout, Blocks] = {}
         self._searches: dict[Layout, PolicySearch] = {}
+        self._shared: dict[Layout, float] = {}
 
     def least_s(self, mesh: Mapping[str, int]) -> float:
         """No choice on this mesh takes less."""
         return min((self._shared_s(layout) for layout in layouts(self.problem, mesh)), default=math.inf)
 
+    def own_least_s(self, mesh: Mapping[str, int]) -> float:
+        """The same with what ranks of this mesh wait for each other."""
+        least_s = math.inf
+        for layout in sorted(layouts(self.problem, mesh), key=self._shared_s):
+            if self._shared_s(layout) >= least_s:
+                break
+            search = self._search(layout)
+            if search.bounds.keep_s < least_s:
+                least_s = min(least_s, search.least_s)
+        return least_s
+
     def best(self, mesh: Mapping[str, int], cutoff_s: float = math.inf) -> Outcome | None:
         """The fastest that fits on this mesh, and beats the cutoff."""
         found = None
-        for layout in sorted(layouts(self.problem, mesh), key=self._shared_s):
-            if self._shared_s(layout) >= cutoff_s:
-                break
-            search = self._search(layout)
-            if search.bounds.keep_s < cutoff_s and search.least_s < cutoff_s:
-                if better := search.search(cutoff_s).best:
-                    found, cutoff_s = better, better.cost.step_s
+        several = [layout for layout in layouts(self.problem, mesh) if self._shared_s(layout) < cutoff_s]
+        for layout in sorted(several, key=self._known_s):
+            if self._known_s(layout) < cutoff_s:
+                search = self._search(layout)
+                if search.bounds.keep_s < cutoff_s and search.least_s < cutoff_s:
+                    if better := search.search(cutoff_s).best:
+                        found, cutoff_s = better, better.cost.step_s
         return self._encoded(found) if found and self.problem.encode else found
+
+    def look(self, mesh: Mapping[str, int]) -> None:
+        """Predict at least "keep everything" of every layout of the chosen mesh, so that it can be said why it lost."""
+        for layout in layouts(self.problem, mesh):
+            self._search(layout)
 
     def seen(self) -> tuple[Outcome, ...]:
         """Everything that was predicted."""
@@ -79,19 +96,32 @@ class ShapeSearch:
 
     def _search(self, layout: Layout) -> PolicySearch:
         if layout not in self._searches:
-            alike = replace(layout, dp_replicate=1, dp_shard=1, accumulation=1)  # blocks have the same Ways
-
-            def blocks() -> Blocks:
-                if alike not in self._blocks:
-                    self._blocks[alike] = Blocks(self.model, layout)
-                return self._blocks[alike]
-
-            self._searches[layout] = PolicySearch(self.model, layout, self.limits, self.fixed, blocks)
+            self._searches[layout] = PolicySearch(
+                self.model, layout, self.limits, self.fixed, lambda: self._blocks_of(layout)
+            )
         return self._searches[layout]
+
+    def _blocks_of(self, layout: Layout) -> Blocks:
+        alike = replace(layout, dp_replicate=1, dp_shard=1, accumulation=1)  # blocks have the same Ways
+        if alike not in self._blocks:
+            self._blocks[alike] = Blocks(self.model, layout)
+        return self._blocks[alike]
 
     def _shared_s(self, layout: Layout) -> float:
         """The bound of compute, of the layout that shards parameters over as many ranks as can be: it has the most room."""
-        return self._search(replace(layout, dp_replicate=1, dp_shard=layout.num_dp)).shared_s
+        roomy = replace(layout, dp_replicate=1, dp_shard=layout.num_dp)
+        if roomy not in self._shared:
+            cost, peak_bytes = self.model.unhindered(roomy)
+            bounds = Bounds(
+                cost, peak_bytes, roomy.accumulation, lambda: self._blocks_of(roomy).kinds, self.problem,
+                self.limits.device_bytes,
+            )  # fmt: skip
+            self._shared[roomy] = bounds.compute_s if self.fixed else bounds.relaxed_s
+        return self._shared[roomy]
+
+    def _known_s(self, layout: Layout) -> float:
+        """The best bound that is there without another prediction."""
+        return self._searches[layout].least_s if layout in self._searches else self._shared_s(layout)
 
     def _encoded(self, found: Outcome) -> Outcome:
         """The same with as many frames in the codec at once as cost nothing."""
@@ -105,27 +135,34 @@ def decide(
     searches: Sequence[ShapeSearch], candidates: Sequence[Mapping[str, int]], weights: Sequence[float]
 ) -> list[Answer] | None:
     """The mesh with the least weighted sum of step times, and the best of every shape on it; None where none fits all."""
-    bounds = [[search.least_s(mesh) for search in searches] for mesh in candidates]
-    sums = [_weighted(least, weights) for least in bounds]
+    shared = [[search.least_s(mesh) for search in searches] for mesh in candidates]
     best: list[Outcome] = []
     best_s = math.inf
-    for least_s, least, mesh in sorted(zip(sums, bounds, candidates, strict=True), key=lambda item: item[0]):
-        if least_s >= best_s:
-            break
+    for bounds, mesh in sorted(zip(shared, candidates, strict=True), key=lambda item: _weighted(item[0], weights)):
         found: list[Outcome] = []
-        total_s = least_s  # bounds, replaced by step times one after the other
-        for search, weight, bound_s in zip(searches, weights, least, strict=True):
-            outcome = search.best(mesh, bound_s + (best_s - total_s) / weight)
+        bounds = list(bounds)  # replaced by what ranks of this mesh wait for, then by step times, one after the other
+        for place, search in enumerate(searches):
+            if _weighted(bounds, weights) >= best_s:
+                break
+            bounds[place] = search.own_least_s(mesh)
+        for place, (search, weight) in enumerate(zip(searches, weights, strict=True)):
+            total_s = _weighted(bounds, weights)
+            if total_s >= best_s:
+                break
+            outcome = search.best(mesh, bounds[place] + (best_s - total_s) / weight)
             if outcome is None:
                 break
             found.append(outcome)
-            total_s += weight * (outcome.cost.step_s - bound_s)
-        if len(found) == len(searches) and total_s < best_s:
-            best, best_s = found, total_s
+            bounds[place] = outcome.cost.step_s
+        if len(found) == len(searches) and _weighted(bounds, weights) < best_s:
+            best, best_s = found, _weighted(bounds, weights)
     if not best:
         return None
-    pairs = zip(searches, best, strict=True)
-    return [Answer(search.problem, outcome, search.limits, search.seen()) for search, outcome in pairs]
+    chosen = []
+    for search, outcome in zip(searches, best, strict=True):
+        search.look(outcome.layout.mesh)
+        chosen.append(Answer(search.problem, outcome, search.limits, search.seen()))
+    return chosen
 
 
 def _weighted(seconds: Sequence[float], weights: Sequence[float]) -> float:
@@ -200,7 +237,8 @@ def answers(
             if search.best(candidate) is not None:
                 break
         else:
-            leanest = min(search.seen(), key=lambda item: item.memory.peak_bytes)
+            several = [layout for mesh in candidates for layout in layouts(search.problem, mesh)]
+            leanest = leanest_of(search.model, several)
             raise nothing_fits(
                 search.problem,
                 search.limits,

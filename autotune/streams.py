@@ -85,36 +85,45 @@ def simulate(tasks: Sequence[Task], contention: Contention) -> Timeline:
     The exposed seconds of all streams and the seconds of the compute tasks add up to the whole.
     """
     number = len(tasks)
-    queues = [[i for i in range(number) if tasks[i].stream == stream] for stream in range(len(STREAMS))]
+    queues: list[list[int]] = [[] for _ in STREAMS]
+    for place, task in enumerate(tasks):
+        queues[task.stream].append(place)
     heads, running = [0] * len(STREAMS), [-1] * len(STREAMS)
     left = [task.seconds for task in tasks]
     starts, ends, exposed = [0.0] * number, [-1.0] * number, [0.0] * len(STREAMS)
+    slowed: dict[int, list[float]] = {}  # by the set of streams that run
     now = 0.0
     while True:
+        active, which = [], 0
         for stream, queue in enumerate(queues):
-            # A task of no length is done at once, and what waits for it may start at the same moment.
-            while running[stream] < 0 and heads[stream] < len(queue):
-                task = queue[heads[stream]]
-                if any(ends[before] < 0 for before in tasks[task].after):
-                    break
-                running[stream], starts[task] = task, now
-        active = [stream for stream in range(len(STREAMS)) if running[stream] >= 0]
+            if running[stream] < 0 and heads[stream] < len(queue):
+                first = queue[heads[stream]]
+                for before in tasks[first].after:
+                    if ends[before] < 0:
+                        break
+                else:  # a task of no length is done at once, and what waits for it may start at the same moment
+                    running[stream], starts[first] = first, now
+            if running[stream] >= 0:
+                active.append(stream)
+                which |= 1 << stream
         if not active:
             break
-        slow = _slowed(running, contention)
-        step = min(left[running[stream]] * slow[stream] for stream in active)
+        if which not in slowed:
+            slowed[which] = _slowed(running, contention)
+        slow = slowed[which]
+        step = min([left[running[stream]] * slow[stream] for stream in active])
         if step > 0:
             _account(tasks, running, queues[COMPUTE], heads[COMPUTE], ends, slow[COMPUTE], step, exposed)
         now += step
         for stream in active:
-            task = running[stream]
-            left[task] -= step / slow[stream]
-            if left[task] <= 1e-12 * tasks[task].seconds:
-                ends[task], running[stream] = now, -1
+            done = running[stream]
+            left[done] -= step / slow[stream]
+            if left[done] <= 1e-12 * tasks[done].seconds:
+                ends[done], running[stream] = now, -1
                 heads[stream] += 1
     assert all(end >= 0 for end in ends), "a task waits for one that comes after it in the same stream"
-    done = (Done(t.name, STREAMS[t.stream], starts[i], ends[i], t.block) for i, t in enumerate(tasks))
-    return Timeline(tuple(done), {name: exposed[i] for i, name in enumerate(STREAMS) if exposed[i] > 0})
+    ran = (Done(t.name, STREAMS[t.stream], starts[i], ends[i], t.block) for i, t in enumerate(tasks))
+    return Timeline(tuple(ran), {name: exposed[i] for i, name in enumerate(STREAMS) if exposed[i] > 0})
 
 
 def _slowed(running: list[int], contention: Contention) -> list[float]:

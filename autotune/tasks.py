@@ -48,6 +48,7 @@ class Microbatch:
 
     def __post_init__(self) -> None:
         self.tasks: list[Task] = []
+        self._known: dict[int, dict[str, Seconds]] = {}
         layers = len(self.chosen)
         self.forward_end, self.backward_begin, self.backward_end = ([-1] * layers for _ in range(3))
         self.out_task, self.in_task, self._gathered = ([-1] * layers for _ in range(3))
@@ -98,8 +99,14 @@ class Microbatch:
             self.out_task[block] = self._add("copy out", OUT, seconds, (self.last_compute,), block)
 
     def _forward_seconds(self, block: int) -> dict[str, float]:
+        return {part: seconds.forward_s for part, seconds in self._divided(block).items()}
+
+    def _divided(self, block: int) -> dict[str, Seconds]:
+        """Seconds of each part of the division; blocks that are alike are added up once."""
         parts = self.prices.parts[block]
-        return {part: self._of(parts, *names).forward_s for part, names in self._division().items()}
+        if id(parts) not in self._known:
+            self._known[id(parts)] = {part: self._of(parts, *names) for part, names in self._division().items()}
+        return self._known[id(parts)]
 
     def _division(self) -> dict[str, tuple[str, ...]]:
         """Parts of BlockSeconds before the first exchange is needed, between the two, and behind the second."""
@@ -163,8 +170,7 @@ class Microbatch:
 
     def _behind(self, block: int, needs: Sequence[int]) -> None:
         """Backward is forward turned round: what came back last is sent first."""
-        parts = self.prices.parts[block]
-        seconds = {part: self._of(parts, *names).backward_s for part, names in self._division().items()}
+        seconds = {part: divided.backward_s for part, divided in self._divided(block).items()}
         if not self.prices.exchange_in_s:
             self._compute("backward", sum(seconds.values()), block, *needs)
             return

@@ -41,14 +41,19 @@ class Way:
 
 
 def way(
-    work: Workload, parts: BlockSeconds, policy: Policy, block: int, dtype: str, device_kind: str, shard: ShardSpec
-) -> Way:
-    """The price of one Policy of one block; of the last block offloaded groups are kept, as the runtime does."""
+    work: Workload, parts: BlockSeconds, policy: Policy, block: int, dtype: str, device_kind: str, shard: ShardSpec,
+    whole: int | None = None,
+) -> Way:  # fmt: skip
+    """The price of one Policy of one block; of the last block offloaded groups are kept, as the runtime does.
+
+    `whole`: what keeping everything saves, where it is known.
+    """
 
     def saved(policy: Policy) -> list[GroupBytes]:
         return block_bytes(work, policy, block, dtype, device_kind=device_kind, shard=shard)
 
-    whole = sum(item.num_bytes for item in saved(Policy.keep()))
+    if whole is None:
+        whole = sum(item.num_bytes for item in saved(Policy.keep()))
     done = without_offload(policy) if block == work.config.num_layers - 1 else policy
     if done == Policy.keep():
         return Way(policy, 0.0, whole, 0, 0, 0)
@@ -66,7 +71,8 @@ def ways(work: Workload, parts: BlockSeconds, block: int, dtype: str, device_kin
     """Of every Policy, for one block; of the last block of those that offload nothing, the others are the same there."""
     last = block == work.config.num_layers - 1
     asked = (policy for policy in POLICIES if not (last and offloads(policy)))
-    return [way(work, parts, policy, block, dtype, device_kind, shard) for policy in asked]
+    whole = way(work, parts, Policy.keep(), block, dtype, device_kind, shard).kept_bytes
+    return [way(work, parts, policy, block, dtype, device_kind, shard, whole) for policy in asked]
 
 
 def host_bytes(chosen: Sequence[Way]) -> int:

@@ -95,8 +95,12 @@ class TransformerConfig:
         block = [(d, d)] * 15 + [(6 * d, d)] * 2 + mlp * 2  # (out, in): attention, modulation, feed-forward
         last = [(d, d)] * 14 + [(6 * d, d), (2 * d, d)] + mlp  # no to_add_out, no ff_context, 2D modulation
         embed = [(d, patch), (d, 256), (d, self.pooled_projection_dim), (d, self.joint_attention_dim)] + [(d, d)] * 2
-        linears = (self.num_layers - 1) * block + last + embed + [(2 * d, d), (patch, d)]
-        return sum(-(-rows // num_shards) * (columns + 1) for rows, columns in linears)
+        once = last + embed + [(2 * d, d), (patch, d)]
+
+        def number(linears: list[tuple[int, int]]) -> int:
+            return sum([-(-rows // num_shards) * (columns + 1) for rows, columns in linears])
+
+        return (self.num_layers - 1) * number(block) + number(once)
 
 
 # sample_size and pos_embed_max_size of the 2B preset are SD3-medium's, from which it is initialised.
