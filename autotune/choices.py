@@ -1,7 +1,7 @@
 """Choices for the blocks of one Layout as numbers of blocks by Way, and the families in which good ones are found.
 
     Choice        how many blocks do what, in which order, how far ahead they are fetched
-    arranged      the Policy of each block
+    arranged      the Policy of each block; placed, its Way
     useful        the Ways that are worth mixing: corners of convex hulls, for several prices of a copied byte
     paths         families: m blocks of one offloading Way, the rest down a hull of Ways, a block at a time
     neighbours    a Choice with one block changed, or two, or with another order, depth or last block
@@ -98,13 +98,24 @@ def paths(ways: Sequence[Way], number: int, seconds_a_byte: float) -> list[Path]
 
 def arranged(choice: Choice, ways: Mapping[Policy, Way]) -> tuple[Policy, ...]:
     """A Policy for each block, in order; `ways` of the blocks between the first and the last."""
-    counts = sorted(choice.counts, key=lambda item: (ways[item[0]].kept_bytes, item[0] == WHOLE))
-    moving = [policy for policy, number in counts for _ in range(number) if ways[policy].moved_bytes]
-    others = [policy for policy, number in counts for _ in range(number) if not ways[policy].moved_bytes]
+    return (*(way.policy for way in placed(choice, ways)), choice.last)
+
+
+def placed(choice: Choice, ways: Mapping[Policy, Way]) -> list[Way]:
+    """The same as Ways, without the last block's."""
+    counts = sorted([(ways[policy], number) for policy, number in choice.counts], key=_first)
+    moving: list[Way] = []
+    others: list[Way] = []
+    for way, number in counts:
+        (moving if way.moved_bytes else others).extend([way] * number)
     if not choice.spread or not moving:
-        return (*moving, *others, choice.last)
+        return moving + others
     sources = {True: iter(moving), False: iter(others)}
-    return (*(next(sources[item]) for item in _spread(len(moving), len(moving) + len(others))), choice.last)
+    return [next(sources[item]) for item in _spread(len(moving), len(moving) + len(others))]
+
+
+def _first(item: tuple[Way, int]) -> tuple[int, bool]:
+    return item[0].kept_bytes, item[0].policy == WHOLE
 
 
 @cache

@@ -298,9 +298,7 @@ class StepModel:
                 start = until = at(batch.forward_done)
             else:
                 start, until = at(batch.backward_begin[moment.block]), at(batch.backward_end[moment.block])
-            there = sum(
-                num for own, since, till, num in away if own != moment.block and since <= until and till > start
-            )
+            there = sum(num for own, since, till, num in away if own != moment.block and since < until and till > start)
             share = {"text MLP": 0.0, "visual MLP": 0.5, "attention": 1.0}.get(moment.phase, 0.0)
             if there:
                 moment = replace(moment, memory=replace(moment.memory, in_flight_bytes=there))

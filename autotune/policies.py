@@ -3,6 +3,7 @@
     PolicySearch(model, layout, limits)     predicts "keep everything" once
         .least_s                            no choice of this layout takes less: so layouts can be left out
         .search(cutoff_s) -> Found          the best choice, if one beats the cutoff
+        .polish()                           goes on from there, for the layout that is chosen
 
 Time and memory are those of `model.predict`, which takes milliseconds; so what is worth predicting is found with a sketch.
 
@@ -24,7 +25,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from vchitect_fast.autotune.bounds import Bounds, Kind, dominant, fits
-from vchitect_fast.autotune.choices import WHOLE, Choice, Counts, Path, arranged, neighbours, paths, useful
+from vchitect_fast.autotune.choices import WHOLE, Choice, Counts, Path, arranged, neighbours, paths, placed, useful
 from vchitect_fast.autotune.layout import Layout, Problem
 from vchitect_fast.autotune.sketch import Limit, Sketch
 from vchitect_fast.autotune.space import PREFETCH_DEPTHS
@@ -38,10 +39,11 @@ if TYPE_CHECKING:
 
 NUM_ROUNDS = 6  # of making a choice leaner until it fits
 DOWNHILL = 0.05  # a start that is slower than the time to beat by more than this is not followed
+ALIKE = 0.02  # nor one that is slower than the best start, or at the end of the first stage, by more than this
 SKETCH_ERROR = 0.01  # what is sketched above the time to beat by no more than this is predicted all the same
 EXACT_LAYERS = 5  # up to so many blocks every assignment is looked at,
-EXACT_NODES = 200_000  # unless there are more beginnings of assignments than this
-EXACT_LEAVES = 2_000  # or more assignments to predict
+EXACT_NODES = 20_000  # unless there are more beginnings of assignments than this
+EXACT_PREDICTIONS = 300  # or more predictions
 
 
 class Model(Protocol):
@@ -174,11 +176,11 @@ class PolicySearch:
         if device.pressure_fraction is not None and device.remap_s_per_gib is not None:
             context = (device.process_bytes or 0) if device.kind == "cuda" else 0
             pressed, price = device.pressure_fraction * device.memory_bytes - context, device.remap_s_per_gib
-        whole = [self.blocks.way[self._kind(block)][WHOLE].kept_bytes for block in range(self.num_layers)]
+        whole = [way.kept_bytes for way in self._placed(Choice(((WHOLE, self.num_layers - 1),)))]
         sketch = Sketch(self.keep, Limit(limit, pressed, price), whole)
         leanest, *_ = self._lean()
         self.attempt(leanest)
-        sketch.learn(self.predict(leanest))
+        sketch.learn_rates(self.predict(leanest))
         return sketch
 
     def _lean(self) -> list[tuple[Policy, ...]]:
@@ -191,34 +193,50 @@ class PolicySearch:
     # Numbers of blocks
 
     def _choose(self, sketch: Sketch) -> None:
-        """Sketch the families, go downhill from the best of each kind, predict where that ends; again if it does not fit."""
-        in_s = self.bounds.in_s
-        ways = useful(self.blocks.middle, in_s)
-        starts = self._starts(sketch, paths(ways, self.num_layers - 1, in_s))
-        steep = 4 * max(
-            (way.again_s / max(1, self.blocks.middle[0].kept_bytes - way.kept_bytes) for way in ways), default=0.0
-        )
+        """Sketch the families, go downhill from the best, and from the best of other kinds that are hardly slower."""
+        ways = useful(self.blocks.middle, self.bounds.in_s)
+        starts = self._starts(sketch, paths(ways, self.num_layers - 1, self.bounds.in_s))
+        for seconds, start in starts:
+            if seconds < min((1 + DOWNHILL) * self.target_s, (1 + ALIKE) * starts[0][0]):
+                self._follow(start, sketch, ((ways, False), (self.blocks.middle, False)))
+
+    def polish(self) -> None:
+        """From the best go on with any Way; for the layout that is chosen in the end."""
+        if self.best is None or self.fixed is not None or self.best is self.keep:
+            return
+        *before, last = self.best.policies
+        counts = tuple((policy, before.count(policy)) for policy in dict.fromkeys(before))
+        choice = Choice(counts, last, depth=self.best.layout.prefetch_depth)
+        for start in (choice, replace(choice, spread=True)):
+            if arranged(start, self.blocks.way[1]) == self.best.policies:
+                ways = useful(self.blocks.middle, self.bounds.in_s)
+                self._follow(start, self._sketch(), ((ways, False), (self.blocks.middle, False), (ways, True)))
+                return
+
+    def _follow(self, choice: Choice, sketch: Sketch, stages: Sequence[tuple[Sequence[Way], bool]]) -> None:
+        """Downhill, and predict where that ends; if it does not fit after all, the sketch learns by how much, and goes on."""
+        whole = self.blocks.middle[0]
+        slopes = (way.again_s / max(1, whole.kept_bytes - way.kept_bytes) for way in self.blocks.middle)
+        steep = 4 * self.bounds.times * max(slopes)
 
         def value(choice: Choice) -> float:
-            excess, seconds = sketch.cost(self._ways(arranged(choice, self.blocks.way[1])), choice.depth)
-            return seconds + self.bounds.times * steep * excess
+            excess, seconds = sketch.cost(self._placed(choice), choice.depth)
+            return seconds + steep * excess
 
-        for start in starts:
-            choice = start
-            if value(choice) >= (1 + DOWNHILL) * self.target_s:
-                continue
-            for _ in range(NUM_ROUNDS):
-                choice = self._downhill(choice, value, ways)
-                if value(choice) >= (1 + SKETCH_ERROR) * self.target_s:
-                    break
-                policies = arranged(choice, self.blocks.way[1])
-                fresh = (choice.depth, policies) not in self.seen
-                if self.attempt(policies, choice.depth) or not fresh:
-                    break
-                sketch.learn(self.predict(policies, choice.depth))
+        for _ in range(NUM_ROUNDS):
+            choice = self._downhill(choice, value, stages[:1])
+            if value(choice) >= (1 + ALIKE) * self.target_s:
+                return
+            choice = self._downhill(choice, value, stages)
+            if value(choice) >= (1 + SKETCH_ERROR) * self.target_s:
+                return
+            policies = arranged(choice, self.blocks.way[1])
+            if (choice.depth, policies) in self.seen or self.attempt(policies, choice.depth):
+                return
+            sketch.learn_bytes(self.predict(policies, choice.depth))
 
-    def _starts(self, sketch: Sketch, families: Sequence[Path]) -> list[Choice]:
-        """The best member of the families with copies, and of those without, in both orders."""
+    def _starts(self, sketch: Sketch, families: Sequence[Path]) -> list[tuple[float, Choice]]:
+        """The best members of the families with copies, in both orders, and without: (seconds, Choice), the best first."""
         best: dict[tuple[bool, bool], tuple[float, Choice]] = {}
         deficits = {
             self.bounds.deficit_bytes,
@@ -237,7 +255,7 @@ class PolicySearch:
                     continue
                 for _ in range(NUM_ROUNDS):  # leaner, until it fits
                     choice = Choice(counts, spread=order)
-                    excess, seconds = sketch.cost(self._ways(arranged(choice, self.blocks.way[1])), 1)
+                    excess, seconds = sketch.cost(self._placed(choice), 1)
                     if not excess:
                         if seconds < known_s:
                             best[moves, order] = seconds, choice
@@ -246,20 +264,24 @@ class PolicySearch:
                     if leaner is None or seconds >= known_s:
                         break
                     counts = leaner
-        return [choice for _, choice in sorted(best.values(), key=lambda item: item[0])]
+        return sorted(best.values(), key=lambda item: item[0])
 
-    def _downhill(self, choice: Choice, value: Callable[[Choice], float], ways: Sequence[Way]) -> Choice:
-        """The best neighbour, as long as it is better; of changes of two blocks only those that no change of one improves."""
-        best_s, two = value(choice), False
-        while True:
-            near = [item for item in neighbours(choice, ways, self.blocks.last, two=two) if self._least(item) < best_s]
-            best, number = min(((value(item), i) for i, item in enumerate(near)), default=(math.inf, 0))
-            if best < best_s:
-                choice, best_s, two = near[number], best, False
-            elif two:
-                return choice
+    def _downhill(
+        self, choice: Choice, value: Callable[[Choice], float], stages: Sequence[tuple[Sequence[Way], bool]]
+    ) -> Choice:
+        """The best neighbour, as long as it is better; each stage, (Ways, two blocks), where those before it do not help."""
+        best_s, stage = value(choice), 0
+        while stage < len(stages):
+            several, two = stages[stage]
+            near = [
+                item for item in neighbours(choice, several, self.blocks.last, two=two) if self._least(item) < best_s
+            ]
+            least_s, number = min(((value(item), i) for i, item in enumerate(near)), default=(math.inf, 0))
+            if least_s < best_s:
+                choice, best_s, stage = near[number], least_s, 0
             else:
-                two = True
+                stage += 1
+        return choice
 
     def _least(self, choice: Choice) -> float:
         """Seconds that it at least takes; nothing bounds what does not fit into host memory."""
@@ -275,12 +297,9 @@ class PolicySearch:
         whole = self.blocks.way[1][WHOLE].kept_bytes
         return sum((whole - self.blocks.way[1][policy].kept_bytes) * number for policy, number in choice.counts)
 
-    def _kind(self, block: int) -> int:
-        """0 the first block, 2 the last, 1 the others."""
-        return 2 if block == self.num_layers - 1 else min(block, 1)
-
-    def _ways(self, policies: Sequence[Policy]) -> list[Way]:
-        return [self.blocks.way[self._kind(block)][policy] for block, policy in enumerate(policies)]
+    def _placed(self, choice: Choice) -> list[Way]:
+        """For the sketch: the first block as one of those between."""
+        return [*placed(choice, self.blocks.way[1]), self.blocks.way[2][choice.last]]
 
     @staticmethod
     def _moves(policies: Sequence[Policy]) -> bool:
@@ -295,9 +314,12 @@ class PolicySearch:
         leaves = self._leaves()
         if leaves is None:
             return False
+        until = len(self.seen) + EXACT_PREDICTIONS
         for least_s, _, policies in sorted(leaves):
             if least_s >= self.target_s:
-                break
+                return True
+            if len(self.seen) >= until:
+                return False
             for depth in PREFETCH_DEPTHS if self._moves(policies) else (1,):
                 self.attempt(policies, depth)
         return True
@@ -320,8 +342,6 @@ class PolicySearch:
             beginnings = found
             if len(beginnings) > EXACT_NODES:
                 return None
-        if len(beginnings) > EXACT_LEAVES:
-            return None
         return [(self.bounds.step_s(item[0], item[1]), number, item[4]) for number, item in enumerate(beginnings)]
 
 

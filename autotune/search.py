@@ -85,10 +85,14 @@ class ShapeSearch:
                         found, cutoff_s = better, better.cost.step_s
         return self._encoded(found) if found and self.problem.encode else found
 
-    def look(self, mesh: Mapping[str, int]) -> None:
-        """Predict at least "keep everything" of every layout of the chosen mesh, so that it can be said why it lost."""
-        for layout in layouts(self.problem, mesh):
+    def finish(self, found: Outcome) -> Outcome:
+        """The best of the chosen mesh once more, thoroughly, and "keep everything" of its other layouts, to say why they lost."""
+        for layout in layouts(self.problem, found.layout.mesh):
             self._search(layout)
+        search = self._search(self._bare(found.layout))
+        search.polish()
+        best = search.best or found
+        return self._encoded(best) if self.problem.encode else best
 
     def seen(self) -> tuple[Outcome, ...]:
         """Everything that was predicted."""
@@ -122,6 +126,11 @@ class ShapeSearch:
     def _known_s(self, layout: Layout) -> float:
         """The best bound that is there without another prediction."""
         return self._searches[layout].least_s if layout in self._searches else self._shared_s(layout)
+
+    def _bare(self, layout: Layout) -> Layout:
+        """As space.layouts has it."""
+        mini_batch = 1 if self.problem.encode else layout.vae_mini_batch
+        return replace(layout, prefetch_depth=1, vae_mini_batch=mini_batch)
 
     def _encoded(self, found: Outcome) -> Outcome:
         """The same with as many frames in the codec at once as cost nothing."""
@@ -160,8 +169,8 @@ def decide(
         return None
     chosen = []
     for search, outcome in zip(searches, best, strict=True):
-        search.look(outcome.layout.mesh)
-        chosen.append(Answer(search.problem, outcome, search.limits, search.seen()))
+        best_of_all = search.finish(outcome)
+        chosen.append(Answer(search.problem, best_of_all, search.limits, search.seen()))
     return chosen
 
 
@@ -233,19 +242,13 @@ def answers(
     if (found := decide(searches, candidates, weights)) is not None:
         return found
     for search in searches:
-        for candidate in candidates:
-            if search.best(candidate) is not None:
-                break
-        else:
-            several = [layout for mesh in candidates for layout in layouts(search.problem, mesh)]
-            leanest = leanest_of(search.model, several)
+        alone = candidates if mesh is not None else common_meshes([search.problem])
+        if all(search.best(candidate) is None for candidate in alone):
+            several = [layout for candidate in alone for layout in layouts(search.problem, candidate)]
             raise nothing_fits(
-                search.problem,
-                search.limits,
-                leanest,
-                lambda problem: model_of(problem, limit_bytes),
-                given=mesh is not None,
-            )
+                search.problem, search.limits, leanest_of(search.model, several),
+                lambda problem: model_of(problem, limit_bytes), given=mesh is not None,
+            )  # fmt: skip
     raise no_common_mesh(problems)
 
 

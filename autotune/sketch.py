@@ -35,18 +35,22 @@ class Sketch:
 
     def __init__(self, keep: Outcome, limit: Limit, whole_bytes: Sequence[int]) -> None:
         self.limit, self.whole_bytes, self.times = limit, whole_bytes, keep.layout.accumulation
+        self.whole_sum = sum(whole_bytes)
         self.error_bytes = 0.0
         self.out_s = self.in_s = 0.0  # of a byte; see `learn`
         self.forward_s, self.between_s, self.backward_s = _spans(keep, len(whole_bytes))
         self.ahead_bytes, self.behind_bytes = _peaks(keep, len(whole_bytes))
         self.outside_s = keep.cost.step_s - keep.cost.parts()["pressure_s"] - self.times * keep.timeline.total_s
 
-    def learn(self, outcome: Outcome) -> None:
-        """Rates of copies, from a prediction that has some; what its memory was beyond the sketch."""
+    def learn_rates(self, outcome: Outcome) -> None:
+        """Seconds of a copied byte, from a prediction that has copies."""
         moved = sum(way.moved_bytes for way in outcome.ways)
         if moved:
             self.out_s = outcome.timeline.busy_s("out") / moved
             self.in_s = outcome.timeline.busy_s("in") / moved
+
+    def learn_bytes(self, outcome: Outcome) -> None:
+        """What the memory of a prediction was beyond the sketch of the same."""
         _, peak = self.of(outcome.ways, outcome.layout.prefetch_depth)
         self.error_bytes += max(0.0, outcome.memory.peak_bytes - peak)
 
@@ -59,17 +63,26 @@ class Sketch:
     def of(self, ways: Sequence[Way], depth: int) -> tuple[float, float]:
         """Seconds of a step without memory pressure, and its peak in bytes; one Way a block."""
         layers = len(ways)
-        now, free, left = 0.0, 0.0, [0.0] * layers  # left: when a block's bytes have left
-        moving = [b for b in range(layers - 1, -1, -1) if ways[b].moved_bytes]
-        for b in range(layers):
+        now = free = 0.0
+        left = [0.0] * layers  # when a block's bytes have left
+        moving = []
+        kept = self.whole_sum
+        for b, way in enumerate(ways):
             now += self.forward_s[b]
-            if moved := ways[b].moved_bytes:
-                free = left[b] = max(free, now) + moved * self.out_s
-        kept = sum(self.whole_bytes) - sum(way.kept_bytes for way in ways)
-        peak = self.ahead_bytes - kept + sum(ways[b].moved_bytes for b in moving if left[b] > now)
+            kept -= way.kept_bytes
+            if moved := way.moved_bytes:
+                free = left[b] = (free if free > now else now) + moved * self.out_s
+                moving.append(b)
+        moving.reverse()
+        peak = self.ahead_bytes - kept
+        if free > now:
+            peak += sum([ways[b].moved_bytes for b in moving if left[b] > now])
         now += self.between_s
-        place = asked = 0  # of `moving`: the next that backward comes to, the next to be fetched
+        place, asked = 0, min(depth, len(moving))  # of `moving`: how many backward has come to, and has asked for
         free, back, ready = 0.0, [0.0] * layers, [0.0] * layers
+        for other in moving[:asked]:  # when backward reaches the last block
+            back[other] = max(free, now, left[other])
+            free = ready[other] = back[other] + ways[other].moved_bytes * self.in_s
         for b in range(layers - 1, -1, -1):
             way = ways[b]
             if way.moved_bytes:
@@ -78,15 +91,16 @@ class Sketch:
                     back[other] = max(free, now, left[other])
                     free = ready[other] = back[other] + ways[other].moved_bytes * self.in_s
                 asked = max(asked, place + depth)
-            begin = max(now, ready[b])
+            begin = ready[b] if ready[b] > now else now
             now = begin + way.again_s + self.backward_s[b]
             kept -= self.whole_bytes[b] - way.kept_bytes
-            there = 0
+            here = self.behind_bytes[b] - kept
             for position in range(place, len(moving)):
                 other = moving[position]
                 if left[other] > begin or (position < asked and back[other] <= now):
-                    there += ways[other].moved_bytes
-            peak = max(peak, self.behind_bytes[b] - kept + there)
+                    here += ways[other].moved_bytes
+            if here > peak:
+                peak = here
         return self.outside_s + self.times * now, peak + self.error_bytes
 
 

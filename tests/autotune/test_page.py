@@ -98,7 +98,7 @@ def test_many_small_tasks_become_few_bars() -> None:
     found = bars(streams(Timeline(tuple(tasks)), 0, LIMIT))
     assert len(found) < 20
     assert sum(width for _, width, _ in found) == pytest.approx(100, abs=1)
-    mixed = [replace(task, name=("forward", "recompute")[k % 2]) for k, task in enumerate(tasks[:1800])]
+    mixed = [task._replace(name=("forward", "recompute")[k % 2]) for k, task in enumerate(tasks[:1800])]
     assert len(bars(streams(Timeline(tuple(mixed)), 0, LIMIT))) == 1800  # another kind is never joined
 
 
