@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vchitect_fast.autotune.policies import Model
 
 NUM_RUNNERS_UP = 5
+NUM_FASTER = 2  # of them, that do not fit; more where fewer fit
 MAX_TIMES_MORE = 4096  # devices, where the search for enough of them ends
 LIKE = 0.01  # parts of a step that differ by less, in shares of it, are not named
 PARTS = {
@@ -98,20 +99,26 @@ def _more(other: Outcome, best: Outcome) -> list[str]:
             if a > b
             else "uneven shares or text projected twice"
         )
+    if not said:  # nothing stands out: what there is most of
+        name = max(longer, key=lambda item: longer[item])
+        said = [f"mostly {PARTS.get(name, name)}"] if longer[name] > 0 else []
     return said[:3]
 
 
 def runners_up(seen: Iterable[Outcome], best: Outcome, limits: Limits) -> tuple[dict[str, Any], ...]:
-    """The best of every kind of choice but the chosen one; of those that do not fit only what would have been faster."""
+    """The best of every other kind of choice, the fastest first: some that would be faster and do not fit, and those that do."""
     kinds: dict[tuple[Any, ...], Outcome] = {}
     for outcome in seen:
         fit = fits(outcome, limits)
-        if not fit and outcome.cost.step_s >= best.cost.step_s:
-            continue
-        kind = (*_kind(outcome), fit)
-        if kind != (*_kind(best), True) and (kind not in kinds or _rank(outcome) < _rank(kinds[kind])):
-            kinds[kind] = outcome
-    chosen = sorted(kinds.values(), key=_rank)[:NUM_RUNNERS_UP]
+        kind = (*_kind(outcome, best), fit)
+        if (fit or outcome.cost.step_s < best.cost.step_s) and kind != (*_kind(best, best), True):
+            if kind not in kinds or _rank(outcome) < _rank(kinds[kind]):
+                kinds[kind] = outcome
+    others = sorted(kinds.values(), key=_rank)
+    fitting = [item for item in others if fits(item, limits)]
+    faster = [item for item in others if not fits(item, limits)]
+    num_faster = max(NUM_FASTER, NUM_RUNNERS_UP - len(fitting))
+    chosen = sorted([*faster[:num_faster], *fitting][:NUM_RUNNERS_UP], key=_rank)
     return tuple(
         {
             "choice": summary(item),
@@ -123,10 +130,13 @@ def runners_up(seen: Iterable[Outcome], best: Outcome, limits: Limits) -> tuple[
     )
 
 
-def _kind(outcome: Outcome) -> tuple[Any, ...]:
+def _kind(outcome: Outcome, best: Outcome) -> tuple[Any, ...]:
+    """What makes choices worth telling apart: on another mesh no more than how many ranks share a sample, and how."""
     layout, policies = outcome.layout, outcome.policies
+    if layout.mesh != best.layout.mesh and layout.sp != best.layout.sp:
+        return layout.sp, layout.shard
     doing = tuple(num_doing(action, policies) > 0 for action in (RECOMPUTE, OFFLOAD))
-    return layout.dp_replicate, layout.dp_shard, layout.sp, layout.shard, layout.microbatch, layout.num_chunks, doing
+    return layout.sp, layout.shard, layout.mesh == best.layout.mesh, layout.microbatch, layout.num_chunks, doing
 
 
 def _rank(outcome: Outcome) -> tuple[float, int]:
