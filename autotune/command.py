@@ -2,9 +2,10 @@
 
     (none)   probe this machine (or reuse --cluster where the file exists and is of this machine), plan, write --out
     probe    measure this machine and write --cluster
-    plan     plan for the machine of --cluster, which need not be this one
-    explain  print the Plan of --plan
-    verify   run a few real steps of --plan here and print predicted against measured
+    plan     plan for the machines of --cluster, which need not be here
+    explain  print the Plan of --plan, and with the cluster file why it is so
+    verify   run a few real steps of --plan here, on all its ranks, and print predicted against measured
+    report   the same as a page; scale: on more nodes; export: for other trainers (page.py, scale.py, export.py)
 
 Parsing, files and printing; the numbers come from the other files of this folder.
 """
@@ -13,37 +14,60 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from vchitect_fast.architecture import PRESETS, TransformerConfig, preset
+from vchitect_fast.autotune import explain, export, page, scale
+from vchitect_fast.autotune.calibrate import calibrate
+from vchitect_fast.autotune.ledger import Ledger, beside, drift
+from vchitect_fast.autotune.report import compare, render, show
 from vchitect_fast.autotune.search import ONE, SAFETY, plan_run
-from vchitect_fast.cluster import Cluster
+from vchitect_fast.cluster import Cluster, known
 from vchitect_fast.errors import UserError, unknown_name
 from vchitect_fast.machine import available_memory_bytes, this_device
 from vchitect_fast.offload.policy import READINGS, from_selective_ratio
-from vchitect_fast.plan import Plan, Policy, check_place
+from vchitect_fast.plan import PARKABLE, Plan, Policy, check_place
 from vchitect_fast.shapes import VideoShape
 
-VERBS = ("probe", "plan", "explain", "verify")
-EPILOG = """\
+VERBS = ("probe", "plan", "explain", "verify", "report", "scale", "export")
+EPILOG = f"""\
 verbs: none = probe (unless --cluster exists) and plan; probe = measure, write --cluster; plan = from --cluster alone;
-explain = print --plan; verify = run steps of --plan here, print predicted against measured.
+explain = print --plan and why; verify = run steps of --plan here, print predicted against measured; report = --plan as a page;
+scale = what more nodes bring; export = --plan for other trainers.
+
+clusters by name: {", ".join(known())}
 
 example: vchitect-fast autotune --model vchitect-tiny --shapes 8x96x64 8x176x96 --text-tokens 16
+example: vchitect-fast autotune plan --cluster 8xh100 --num-nodes 8 --shapes 32x512x384 40x768x432 --batch 64
 example: vchitect-fast autotune verify --model vchitect-tiny --plan plan.json
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vchitect-fast autotune`."""
+    _add_asked(parser)
+    _add_policies(parser.add_argument_group("the blocks, where they are not to be searched"))
+    verify = parser.add_argument_group("verify, and what it measured")
+    verify.add_argument(
+        "--ledger", metavar="FILE", help="verify: where predictions and measurements go (default: beside --plan)"
+    )
+    verify.add_argument(
+        "--calibrate",
+        metavar="LEDGER",
+        help="plan: sharpen the predictions by what verify measured (default: not calibrated)",
+    )
+    scale.add_arguments(parser.add_argument_group("scale"))
+    export.add_arguments(parser.add_argument_group("export"))
+
+
+def _add_asked(parser: argparse.ArgumentParser) -> None:
+    """What is to be planned, on what, and where the files are."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     parser.add_argument(
-        "verb", nargs="?", choices=VERBS, metavar="VERB", help="probe, plan, explain or verify; default: probe and plan"
+        "verb", nargs="?", choices=VERBS, metavar="VERB", help=f"{', '.join(VERBS)}; default: probe and plan"
     )
     parser.add_argument(
         "--model",
@@ -64,10 +88,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--mesh",
-        default="",
         metavar="AXIS=N,...",
         help="ranks by axis, dp_replicate, dp_shard and sp, for example dp_shard=2,sp=4: 8 ranks, sequence parallel by 4; "
-        "given, not searched (default: one rank)",
+        "given, not searched (default: the best of all devices of --cluster)",
+    )
+    parser.add_argument(
+        "--num-nodes", type=int, metavar="N", help="nodes of the cluster that the run gets (default: as --cluster says)"
+    )
+    parser.add_argument(
+        "--encode", action="store_true", help="the codec encodes inside the step (default: latents are cached)"
+    )
+    parser.add_argument(
+        "--park",
+        nargs="+",
+        choices=PARKABLE,
+        default=(),
+        help="states that lie in host memory between their uses: AdamW's moments, the average (default: none)",
     )
     parser.add_argument(
         "--text-tokens",
@@ -81,29 +117,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="of activations and matmuls; auto = the faster (default: %(default)s)",
     )
-    parser.add_argument(
-        "--selective-ratio",
-        type=float,
-        metavar="R",
-        help="fraction of blocks, evenly spread, instead of a search; LiteGen's field, see --ratio-means",
-    )
-    parser.add_argument(
-        "--ratio-means",
-        choices=READINGS,
-        default="kept",
-        help="blocks that --selective-ratio counts: kept = NOT recomputed (LiteGen's code), recomputed = those that are "
-        "(the table of its paper) (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--offload-inputs",
-        action="store_true",
-        help="with --selective-ratio: the inputs of recomputed blocks go to host memory between forward and backward",
-    )
     parser.add_argument("--out", default="plan.json", help="where the Plan goes (default: %(default)s)")
     parser.add_argument("--plan", default="plan.json", help="Plan to explain or verify (default: %(default)s)")
     parser.add_argument(
         "--cluster",
-        help="measurements of a machine, JSON; read where it exists (default: cluster.json beside --out, measured anew)",
+        help="measurements of a machine (JSON), a cluster that a person wrote (YAML), or a name, see below; read where it "
+        "exists (default: cluster.json beside --out, measured anew)",
     )
     parser.add_argument(
         "--manifest",
@@ -112,9 +131,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
+def _add_policies(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--selective-ratio",
+        type=float,
+        metavar="R",
+        help="fraction of blocks, evenly spread, instead of a search; LiteGen's field, see --ratio-means",
+    )
+    group.add_argument(
+        "--ratio-means",
+        choices=READINGS,
+        default="kept",
+        help="blocks that --selective-ratio counts: kept = NOT recomputed (LiteGen's code), recomputed = those that are "
+        "(the table of its paper) (default: %(default)s)",
+    )
+    group.add_argument(
+        "--offload-inputs",
+        action="store_true",
+        help="with --selective-ratio: the inputs of recomputed blocks go to host memory between forward and backward",
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     """Exit code 0; UserError for what the user can mend."""
-    actions = {None: _probe_and_plan, "probe": _probe, "plan": _plan, "explain": _explain, "verify": _verify}
+    others = {"explain": explain.run, "report": page.run, "scale": scale.run, "export": export.run}
+    if args.verb in others:
+        return others[args.verb](args)
+    actions = {None: _probe_and_plan, "probe": _probe, "plan": _plan, "verify": _verify}
     actions[args.verb](args)
     return 0
 
@@ -167,20 +210,21 @@ def _plan(args: argparse.Namespace) -> None:
     _write_plan(args, config, shapes, Cluster.load(args.cluster or "cluster.json"), None)
 
 
-def _explain(args: argparse.Namespace) -> None:
-    _show(Plan.load(args.plan), args.json)
-
-
 def _verify(args: argparse.Namespace) -> None:
     plan, config = Plan.load(args.plan), load_config(args.model)
-    if math.prod(plan.mesh.values()) > 1:
-        raise UserError(f"verify runs one process, the Plan's mesh is {plan.mesh}; plan without --mesh to verify.")
     plan.check(model=config.fingerprint(), device=this_device())
-    _say("running a few steps of each shape", args.json)
 
-    from vchitect_fast.autotune.verify import verify
+    from vchitect_fast.autotune.verify import is_first_rank, verify
 
-    measured = verify(plan, config)
+    first, ledger = is_first_rank(), Ledger(args.ledger or beside(args.plan))
+    if first:
+        _say("running a few steps of each shape", args.json)
+    measured = verify(plan, config, ledger=ledger)
+    if not first:
+        return
+    moved = drift(ledger.pairs())
+    for sentence in (*ledger.damaged, *moved):
+        _say(sentence, args.json)
     if args.json:
         rows = {
             entry.shape: [asdict(item) for item in entry.predicted.against(measured[entry.shape])]
@@ -188,9 +232,8 @@ def _verify(args: argparse.Namespace) -> None:
         }
         print(json.dumps(rows))
         return
-    from vchitect_fast.autotune.report import compare
-
-    _print(compare(plan, measured))
+    show(compare(plan, measured))
+    print(f"both are in {ledger.path}")
 
 
 def _policy(args: argparse.Namespace, num_blocks: int) -> tuple[Policy, ...] | None:
@@ -201,7 +244,9 @@ def _policy(args: argparse.Namespace, num_blocks: int) -> tuple[Policy, ...] | N
     return from_selective_ratio(args.selective_ratio, num_blocks, args.ratio_means, offload_inputs=args.offload_inputs)
 
 
-def _mesh(text: str) -> dict[str, int]:
+def _mesh(text: str | None) -> dict[str, int] | None:
+    if text is None:
+        return None
     mesh = dict(ONE)
     for part in filter(None, text.split(",")):
         axis, _, size = part.partition("=")
@@ -262,16 +307,22 @@ def _write_plan(
     cluster: Cluster,
     limit_bytes: int | None,
 ) -> None:
+    if args.num_nodes is not None:
+        cluster = replace(cluster, num_nodes=args.num_nodes)
+    calibration = calibrate(Ledger(args.calibrate).pairs(), args.calibrate) if args.calibrate else None
     plan = plan_run(
         config,
         shapes,
-        cluster.device,
+        cluster,
         batch=args.batch,
         num_text_tokens=args.text_tokens,
         dtype=args.dtype,
         limit_bytes=limit_bytes,
         policy=_policy(args, config.num_layers),
         mesh=_mesh(args.mesh),
+        encode=args.encode,
+        parked=tuple(args.park),
+        calibration=calibration,
     )
     plan.save(args.out)
     _show(plan, args.json)
@@ -282,16 +333,7 @@ def _show(plan: Plan, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"hash": plan.digest(), **asdict(plan)}))
         return
-    from vchitect_fast.autotune.report import render
-
-    _print(render(plan))
-
-
-def _print(renderable: Any) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    console.print(renderable) if console.is_terminal else Console(highlight=False, width=200).print(renderable)
+    show(render(plan))
 
 
 def _say(text: str, quiet: bool) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 
 from vchitect_fast.architecture import TransformerConfig
 from vchitect_fast.autotune.bounds import Bounds, fits
+from vchitect_fast.autotune.calibrate import Calibration
 from vchitect_fast.autotune.layout import Layout, Problem
 from vchitect_fast.autotune.memory import GIB
 from vchitect_fast.autotune.model import SAFETY as SAFETY
@@ -182,7 +183,8 @@ def plan_run(
     config: TransformerConfig, shapes: list[VideoShape], cluster: Cluster | Device, *, batch: int, num_text_tokens: int,
     dtype: str, limit_bytes: int | None = None, policy: tuple[Policy, ...] | None = None,
     mesh: Mapping[str, int] | None = None, weights: Sequence[float] | None = None, ema: bool = True, encode: bool = False,
-    parked: tuple[str, ...] = (), model_of: Callable[[Problem, int | None], Model] = StepModel,
+    parked: tuple[str, ...] = (), calibration: Calibration | None = None,
+    model_of: Callable[[Problem, int | None], Model] = StepModel,
 ) -> Plan:  # fmt: skip
     """The Plan for a run on all devices of a cluster; a Device is a cluster of one.
 
@@ -194,6 +196,7 @@ def plan_run(
     mesh             ranks by axis (dp_replicate, dp_shard, sp), where it is not to be searched
     weights          steps of each shape, for the sum that decides about the mesh; all alike by default
     ema, encode      whether the run keeps an average of the weights; whether the codec encodes inside the step
+    calibration      what measured steps said about the formulas
     parked           states that lie in host memory between their uses (plan.PARKABLE)
 
     Raises UserError when the ranks cannot share the batch evenly, when the cluster lacks a link that its ranks need, or when a
@@ -216,7 +219,19 @@ def plan_run(
     refusal: UserError | None = None
     for name in dtypes:
         problems = [
-            Problem(cluster, config, shape, batch, num_text_tokens, name, number, ema=ema, encode=encode, parked=parked)
+            Problem(
+                cluster,
+                config,
+                shape,
+                batch,
+                num_text_tokens,
+                name,
+                number,
+                ema=ema,
+                encode=encode,
+                calibration=calibration,
+                parked=parked,
+            )
             for shape in weighed
         ]
         try:
@@ -250,6 +265,10 @@ def answers(
                 lambda problem: model_of(problem, limit_bytes), given=mesh is not None,
             )  # fmt: skip
     raise no_common_mesh(problems)
+
+
+def _calibrated(problem: Problem) -> list[str]:
+    return [problem.calibration.words()] if problem.calibration else []
 
 
 def confidence(device: Device) -> str:
@@ -309,7 +328,11 @@ def _entry(answer: Answer) -> PlanEntry:
     best, layout = answer.best, answer.best.layout
     memory = best.memory
     rests_on = "; ".join(
-        [confidence(answer.problem.cluster.device), *(f"{what} not included" for what in best.left_out)]
+        [
+            *_calibrated(answer.problem),
+            confidence(answer.problem.cluster.device),
+            *(f"{what} not included" for what in best.left_out),
+        ]
     )
     return PlanEntry(
         shape=str(answer.problem.shape),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -187,7 +188,34 @@ def test_help_has_defaults_and_an_example() -> None:
     assert "example: vchitect-fast autotune --model vchitect-tiny" in text
     assert "333 = SD3's encoders, 16 = the embedded hash encoder" in " ".join(text.split())
     for option in ("--batch", "--text-tokens", "--dtype", "--out", "--plan", "--cluster"):
-        assert "default" in text.split(option, 2)[2].split("--")[0]
+        assert "default" in text.split(f"\n  {option} ", 1)[1].split("\n  --")[0]
+
+
+def test_a_cluster_by_name_is_planned_explained_and_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is measured: two nodes of a shipped file, 16 devices, the mesh searched."""
+    monkeypatch.chdir(tmp_path)
+    shapes = ["--shapes", "32x256x256", "--batch", "16", "--dtype", "bfloat16"]
+    assert main(["autotune", "plan", "--cluster", "8xh100", "--num-nodes", "2", *shapes]) == 0
+    plan = Plan.load("plan.json")
+    assert math.prod(plan.mesh.values()) == 16
+    assert plan.device_name == Cluster.load("8xh100").device.name
+    assert main(["autotune", "report", "--cluster", "8xh100"]) == 0
+    assert Path("plan.html").read_text().startswith("<!doctype html>")
+    assert main(["autotune", "export", "--format", "litegen"]) == 0
+    assert "sp_size" in Path("litegen.yaml").read_text()
+    printed = capsys.readouterr()
+    assert "32x256x256" in printed.out
+
+
+def test_what_verify_measured_calibrates_the_next_plan(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["autotune", "plan", *PLAN, "--dtype", "float32"]) == 0
+    assert main(["autotune", "verify", "--model", "vchitect-nano"]) == 0
+    assert main(["autotune", "plan", *PLAN, "--dtype", "float32", "--calibrate", "plan.ledger.jsonl"]) == 0
+    assert "calibrated by" in Plan.load("plan.json").entries[0].predicted.confidence
+    assert main(["autotune", "verify", "--model", "vchitect-nano", "--json"]) == 0
+    assert len(Path("plan.ledger.jsonl").read_text().splitlines()) == 4
 
 
 def test_config_that_is_no_json_is_refused(tmp_path: Path) -> None:
@@ -207,4 +235,4 @@ def test_a_mesh_is_planned_and_shown(here: Path, capsys: pytest.CaptureFixture[s
     assert "x 4 (dp_shard 2, sp 2)" in printed
     assert "frames" in printed
     assert main(["autotune", "verify", "--model", "vchitect-nano"]) == 2
-    assert "verify runs one process" in capsys.readouterr().err
+    assert "is for 4 ranks, here is 1" in capsys.readouterr().err
