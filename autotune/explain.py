@@ -137,12 +137,12 @@ def around(model: StepModel, chosen: Outcome) -> list[Outcome]:
 
 
 def explained(args: argparse.Namespace, cluster_path: str | Path) -> tuple[Plan, Cluster, list[Explanation]]:
-    """Every entry of --plan, with a bar of progress on the terminal; UserError as `check_made_from` and `config_of`."""
+    """Every entry of --plan, with a bar of progress on the terminal; UserError as `made_from` and `config_of`."""
     from rich.console import Console
     from rich.progress import Progress
 
-    plan, cluster = Plan.load(args.plan), Cluster.load(cluster_path)
-    check_made_from(plan, cluster, cluster_path)
+    plan = Plan.load(args.plan)
+    cluster = made_from(plan, cluster_path)
     config = config_of(plan, args.model)
     problems = [problem_of(plan, entry, cluster, config) for entry in plan.entries]
     found = []
@@ -199,18 +199,15 @@ def problem_of(plan: Plan, entry: PlanEntry, cluster: Cluster, config: Transform
     )
 
 
-def check_made_from(plan: Plan, cluster: Cluster, path: str | Path) -> None:
-    """UserError unless the cluster has the Plan's device, and enough of them."""
+def made_from(plan: Plan, path: str | Path) -> Cluster:
+    """The cluster file with as many nodes as the Plan's ranks fill (`plan --num-nodes`); UserError for another device."""
+    cluster = Cluster.load(path)
     if plan.device != cluster.device.fingerprint():
         raise UserError(
             f"this Plan was made for {plan.device_name!r} ({plan.device}), {path} has {cluster.device.name!r} "
             f"({cluster.device.fingerprint()}); give the cluster file that the Plan was made from."
         )
-    number = math.prod(plan.mesh.values())
-    if number > cluster.num_devices:
-        raise UserError(
-            f"this Plan has {number} ranks, {path} has {cluster.num_devices} devices; give the cluster file that the Plan was made from."
-        )
+    return replace(cluster, num_nodes=math.ceil(math.prod(plan.mesh.values()) / cluster.num_devices_per_node))
 
 
 def config_of(plan: Plan, model: str) -> TransformerConfig:
