@@ -145,6 +145,7 @@ def test_the_command_measures_scores_and_appends(
     assert "cannot read the cluster file" in capsys.readouterr().err
 
 
+@pytest.mark.soak  # of real peaks: another test of the same process leaves holes in the heap
 def test_one_measured_step_brings_other_shapes_and_policies_nearer(tmp_path: Path) -> None:
     """Real peaks: calibrated by the small shape that keeps everything, scored on the large one and on what recomputes."""
     if not give_back("cpu"):

@@ -111,6 +111,7 @@ def test_ranks_compute_what_one_process_does_also_after_another_mesh_takes_over(
         assert abs(many["loss"] - one["loss"]) <= (eps + eps * REDUCED**0.5) * one["loss"]
 
 
+@pytest.mark.soak
 def test_each_rank_parks_its_shards_and_the_run_stays_bitwise_the_same(tmp_path: Path, one_thread: None) -> None:
     """Through validation, which swaps the average in, a checkpoint, and a resume."""
     pytest.importorskip("vchitect_fast._C", reason="built with VCHITECT_FAST_EXT=0")
