@@ -22,7 +22,7 @@ from vchitect_fast.model import transformer
 from vchitect_fast.plan import Plan, PlanEntry, Policy, Prediction
 from vchitect_fast.quickstart import example_folder
 
-STEPS = 20
+STEPS = 25
 MODEL = preset("vchitect-nano")
 KERNELS = {"cpu": "reference", "cuda": "triton"}
 
@@ -53,12 +53,14 @@ def losses(folder: Path, name: str, dtype: str, microbatch: int, accumulation: i
 def test_the_loss_curve_is_the_plain_blocks(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = losses(tmp_path, "plain", dtype, 2, 2)
     others = [losses(tmp_path, f"other{m}", dtype, m, 4 // m) for m in (1, 4)]
+    calls, run = [], transformer.handwritten_block
     monkeypatch.setattr(transformer, "DEFAULT_KERNELS", KERNELS)
+    monkeypatch.setattr(transformer, "handwritten_block", lambda *args, **how: calls.append(1) or run(*args, **how))
     by_hand = losses(tmp_path, "by_hand", dtype, 2, 2)
     noise = torch.stack([(other - plain).abs() for other in others])
     error = (by_hand - plain).abs()
     assert noise.max() > 0
-    assert not torch.equal(by_hand, plain)  # the hand-written block was at work
+    assert len(calls) >= STEPS * 2 * MODEL.num_layers
     assert plain[-5:].mean() < plain[:5].mean()  # something was learnt
     assert error.max() <= 2 * noise.max()
     assert error.mean() <= 1.5 * noise.mean(dim=1).max()
