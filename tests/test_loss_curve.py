@@ -1,6 +1,6 @@
 """Training with the hand-written block gives the loss curve of the plain one, within what the order of sums alone does.
 
-pytest tests/test_loss_curve.py; real clips, the nano model, train itself from the command line. Two references are plain runs
+pytest -m soak tests/test_loss_curve.py; real clips, the nano model, train itself from the command line. Two references are plain runs
 that see the same samples in other microbatches, so that only the order of their sums differs. On a CPU the hand-written block
 runs on the steps of plain torch; on a GPU on the kernels.
 """
@@ -22,7 +22,7 @@ from vchitect_fast.model import transformer
 from vchitect_fast.plan import Plan, PlanEntry, Policy, Prediction
 from vchitect_fast.quickstart import example_folder
 
-STEPS = 25
+STEPS = 40
 MODEL = preset("vchitect-nano")
 KERNELS = {"cpu": "reference", "cuda": "triton"}
 
@@ -49,6 +49,7 @@ def losses(folder: Path, name: str, dtype: str, microbatch: int, accumulation: i
     return torch.tensor([event["loss"] for event in read_log(folder / name, "step")], dtype=torch.float64)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("dtype", ["float32"])
 def test_the_loss_curve_is_the_plain_blocks(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = losses(tmp_path, "plain", dtype, 2, 2)

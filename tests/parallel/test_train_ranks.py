@@ -166,6 +166,7 @@ def test_a_killed_rank_ends_all_and_is_named_and_the_run_goes_on_exactly(tmp_pat
     assert_same(final(tmp_path / "whole"), final(tmp_path / "killed"))
 
 
+@pytest.mark.soak
 def test_sigterm_to_one_rank_saves_and_ends_all(tmp_path: Path, one_thread: None) -> None:
     file = run_file(tmp_path, "stopped", (1, 1, 2), 2, FRAMES, steps=1000, validate_every=0, save_every=0)
     process = torchrun(file, 2)
