@@ -27,6 +27,7 @@ OPS = [
     "adaln",
     "bias_gelu",
     "cross",
+    "fp8_rows",
     "gated_residual",
     "gated_weight",
     "spatial",
@@ -46,6 +47,7 @@ class Variant:
     num_warps: int
     label: str
     num_stages: int = 1
+    first_cc: int = 80  # where its types exist
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def compile_all(ops: Iterable[str], capabilities: Iterable[int]) -> list[Usage]:
             "expected TRITON_INTERPRET to be unset, got 1: an interpreted kernel cannot be compiled; unset it."
         )
     variants = [v for op in ops for v in importlib.import_module(f"vchitect_fast.kernels.{op}").aot_variants()]
-    return [compile_variant(variant, cc) for variant in variants for cc in capabilities]
+    return [compile_variant(variant, cc) for variant in variants for cc in capabilities if cc >= variant.first_cc]
 
 
 def main(arguments: list[str] | None = None) -> int:

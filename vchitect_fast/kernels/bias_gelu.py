@@ -30,7 +30,7 @@ CUBIC = tl.constexpr(0.044715)
 
 
 @triton.jit
-def _gate(z):
+def gate(z):
     """s(2u) of the formula above; e^-2u overflows to inf for very negative z, and the gate is then 0."""
     u = (z + z * z * z * CUBIC) * SQRT_2_OVER_PI
     return 1.0 / (1.0 + tl.exp2(u * (-2.0 * LOG2_E)))
@@ -55,7 +55,7 @@ def _forward_kernel(
     inside = (r < num_rows) & (d < num_columns)
     bias = tl.load(bias_ptr + d, mask=d < num_columns, other=0.0).to(tl.float32)
     z = tl.load(x_ptr + r * stride_xr + d, mask=inside, other=0.0).to(tl.float32) + bias
-    tl.store(y_ptr + r * stride_yr + d, (z * _gate(z)).to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + r * stride_yr + d, (z * gate(z)).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def _backward_kernel(
         inside = (r < num_rows) & (d < num_columns)
         dy = tl.load(dy_ptr + r * stride_dyr + d, mask=inside, other=0.0).to(tl.float32)
         z = tl.load(x_ptr + r * stride_xr + d, mask=inside, other=0.0).to(tl.float32) + bias
-        s = _gate(z)
+        s = gate(z)
         du = (1.0 + z * z * (3.0 * CUBIC)) * SQRT_2_OVER_PI
         dx = dy * (s + 2.0 * z * s * (1.0 - s) * du)
         tl.store(dx_ptr + r * stride_dxr + d, dx.to(dx_ptr.dtype.element_ty), mask=inside)

@@ -109,3 +109,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, math: bool) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
     scores = (q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5
     return scores.softmax(dim=-1) @ v
+
+
+def quantised_rows(x_RK: Tensor) -> tuple[Tensor, Tensor]:
+    """q [R, K] in e4m3 and scale [R] in fp32, x = q scale: the least power of two, 2^-126 at least, with |q| <= 448.
+
+    A scale of a power of two adds no rounding. Rows of zeros are zeros; a row that is not finite has the scale NaN.
+    """
+    largest = x_RK.abs().amax(1).float()
+    mantissa, exponent = torch.frexp(largest)  # in [0.5, 1), and 448 is 0.875 x 2^9
+    power = torch.where(largest > 0, exponent - 9 + (mantissa > 0.875), -126).clamp(min=-126)
+    scale = torch.where(largest.isfinite(), torch.ldexp(torch.ones_like(largest), power), torch.nan)
+    return (x_RK / scale[:, None]).to(torch.float8_e4m3fn), scale
+
+
+def turned(q_RK: Tensor, scale_R: Tensor) -> tuple[Tensor, Tensor]:
+    """The transpose [K, R up to a multiple of 16, zeros there] with one scale [1], the largest: q scale / S, rounded."""
+    S = scale_R.amax(0, keepdim=True)
+    values = (q_RK.float() * (scale_R / S)[:, None]).T
+    return F.pad(values, (0, -len(scale_R) % 16)).to(torch.float8_e4m3fn), S

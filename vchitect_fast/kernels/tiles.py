@@ -28,6 +28,17 @@ BIAS_GELU_BACKWARD = SheetTile(block_rows=4, block_columns=512, num_blocks=16, n
 # Not measured. A program owns block_rows whole rows, block_columns at a time; 384 programs at 1536 rows.
 GATED_WEIGHT = SheetTile(block_rows=4, block_columns=512, num_blocks=1, num_warps=4)
 
+# ---- fp8: whole rows of any linear of a block, and tiles that are turned ----------------------------------------------
+
+MAX_FP8_ROW = 16384  # columns: 7 D at D = 2304
+FP8_TURN = SheetTile(block_rows=64, block_columns=64, num_blocks=1, num_warps=4)  # not measured
+
+
+def fp8_row_warps(block_columns: int) -> int:
+    """Not measured. 32 fp32 values a thread; a row of 16384 in 16 warps."""
+    return min(16, max(1, block_columns // 1024))
+
+
 # ---- whole rows in one tile: adaln, gated_residual -------------------------------------------------------------------
 
 MAX_ROW = 4096  # columns of one tile: more would not fit the registers of a program

@@ -1,0 +1,74 @@
+"""Rows in fp8 and their products by torch's scaled GEMM: what linears of a block can be made of; no block uses it yet.
+
+    format    e4m3 (float8_e4m3fn: 3 bits of mantissa, 2^-9 to 448), of gradients too. e5m2 has twice the rounding error for a
+              range that a scale a row makes needless; the published recipes with a scale a row or a block do the same
+              (torchao's rowwise, DeepSeek-V3), e5m2 is of those with one scale a tensor (Micikevicius et al. 2022).
+    rows      x[r, k] = q[r, k] s_r, s_r a power of two: reference.py's quantised_rows
+    turned    x[r, k] = qT[k, r] S, S = max s_r, for products that sum over the rows: reference.py's turned. A scale a column
+              would need one more pass over the rows in 16 bits, this reads 8. Nothing is rounded again but what S makes
+              smaller than 2^-6; a row 2^18 times smaller than the largest vanishes in such a product, beside it.
+    product   a b^T, both with the summed dim last, as the tensor cores want it, summed in fp32 throughout
+              (use_fast_accum=False); the result in the dtype that the rows had
+
+    forward           y = x W^T          rows of x, rows of W
+    input gradient    dx = d W           rows of d, W turned: the rounded weight is that of forward
+    weight gradient   dW = d^T x         d turned, x turned, R = rows up to a multiple of 16 with zeros
+The scaled GEMM wants sizes that are multiples of 16: columns of hidden rows are (head dims), rows are padded when turned.
+FLOPs as in 16 bits. Bytes beside the GEMM's: rows 3 R K (read 2, write 1), turned 2 R K. Not measured on a GPU.
+
+R rows, K columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vchitect_fast.errors import UserError
+
+E4M3 = torch.float8_e4m3fn
+LEAST_CAPABILITY = (8, 9)  # the first with fp8 tensor cores
+
+
+@dataclass
+class Quantised:
+    """q [..., K] in e4m3, and a scale for each row, [...] in fp32, or one for all, [1]; stands for rows of `dtype`."""
+
+    q: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+    across: Quantised | None = None  # turned, once somebody asked
+
+    def __getitem__(self, sample: int) -> Quantised:
+        return Quantised(self.q[sample], self.scale[sample], self.dtype)
+
+
+def product(a: Quantised, b: Quantised, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """a b^T (+ bias) [M, N], into `out` if given; a [M, K], b [N, K]. By torch._scaled_mm, on a GPU or a CPU."""
+    if a.scale.numel() == b.scale.numel() == 1:
+        scales = a.scale[0], b.scale[0]
+    else:
+        scales = a.scale.expand(len(a.q)).contiguous()[:, None], b.scale.expand(len(b.q)).contiguous()[None]
+    arguments: dict[str, Any] = {"bias": bias, "out_dtype": a.dtype, "use_fast_accum": False}
+    if out is not None and out.is_contiguous():
+        return torch._scaled_mm(a.q, b.q.T, *scales, **arguments, out=out)
+    made = torch._scaled_mm(a.q, b.q.T, *scales, **arguments)
+    return made if out is None else out.copy_(made)
+
+
+def check(op: str, x: Tensor) -> None:
+    """UserError where the scaled GEMM cannot take rows like x [..., K] on x's device."""
+    if x.shape[-1] % 16:
+        raise UserError(f"{op}: expected a hidden dim that 16 divides, got {x.shape[-1]}; train it without fp8.")
+    if not x.is_cuda:
+        return
+    if torch.cuda.get_device_capability(x.device) < LEAST_CAPABILITY:
+        name = torch.cuda.get_device_name(x.device)
+        raise UserError(f"{op}: expected a GPU of compute capability 8.9 or more, got {name}; train without fp8.")
+    if x.dtype != torch.bfloat16:
+        raise UserError(
+            f"{op}: expected rows in bfloat16 on a GPU, got {str(x.dtype)[6:]}; plan with --dtype bfloat16."
+        )
