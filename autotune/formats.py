@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vchitect_fast.errors import UserError
-from vchitect_fast.offload.policy import effective, offloads
+from vchitect_fast.offload.policy import effective, litegen_recomputed, offloads
 from vchitect_fast.plan import KEEP, OFFLOAD, Plan, PlanEntry, Policy
 
 
@@ -115,16 +115,6 @@ def litegen_ratio(recomputed: Collection[int], num_blocks: int) -> float:
             if litegen_recomputed(part / whole, num_blocks) == set(recomputed):
                 return part / whole
     return num_kept / num_blocks
-
-
-def litegen_recomputed(ratio: float, num_blocks: int) -> set[int]:
-    """Blocks, from 0, that LiteGen recomputes: number i from 1 when i (1 - ratio) passes 1/2, 3/2, 5/2, ..., in its floats."""
-    share, passed, chosen = 1 - ratio, 0.5, set()
-    for number in range(1, num_blocks + 1):
-        if number * share >= passed:
-            passed += 1
-            chosen.add(number - 1)
-    return chosen
 
 
 def torchtitan(plan: Plan, entry: PlanEntry) -> Said:

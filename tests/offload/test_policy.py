@@ -45,6 +45,18 @@ def test_the_two_readings_of_selective_ratio_are_each_others_complement() -> Non
     assert [i for i, policy in enumerate(recomputed) if policy == Policy.recompute()] == [2, 7]
 
 
+@pytest.mark.parametrize("num_blocks", [1, 2, 6, 24, 28, 48])
+def test_kept_is_litegens_choice_at_every_percent(num_blocks: int) -> None:
+    """Its rule counts the blocks that it checkpoints, in floats: the next one when index x share reaches the next half."""
+    for percent in range(101):
+        share, theirs = 1 - percent / 100, []
+        for index in range(1, num_blocks + 1):
+            if index * share >= len(theirs) + 0.5:
+                theirs.append(index - 1)
+        ours = from_selective_ratio(percent / 100, num_blocks, "kept")
+        assert [i for i, policy in enumerate(ours) if policy == Policy.recompute()] == theirs, percent
+
+
 @pytest.mark.parametrize(
     ("ratio", "reading", "message"),
     [

@@ -42,8 +42,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("options", "recomputed"),
     [
-        (["--selective-ratio", "0.25"], [0, 2, 3]),
-        (["--selective-ratio", "0.25", "--ratio-means", "kept"], [0, 2, 3]),
+        (["--selective-ratio", "0.25"], [0, 1, 3]),
+        (["--selective-ratio", "0.25", "--ratio-means", "kept"], [0, 1, 3]),
         (["--selective-ratio", "0.25", "--ratio-means", "recomputed"], [1]),
     ],
 )

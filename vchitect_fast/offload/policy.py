@@ -223,12 +223,22 @@ def spread(num_chosen_of: float | Fraction, num_blocks: int) -> tuple[bool, ...]
     return tuple(chosen)
 
 
+def litegen_recomputed(ratio: float, num_blocks: int) -> set[int]:
+    """Blocks, from 0, that LiteGen recomputes: number i from 1 when i (1 - ratio) passes 1/2, 3/2, 5/2, ..., in its floats."""
+    share, passed, chosen = 1 - ratio, 0.5, set()
+    for number in range(1, num_blocks + 1):
+        if number * share >= passed:
+            passed += 1
+            chosen.add(number - 1)
+    return chosen
+
+
 def from_selective_ratio(
     ratio: float, num_blocks: int, reading: str, *, offload_inputs: bool = False
 ) -> tuple[Policy, ...]:
     """The Policies that LiteGen's `selective_ratio` stands for, in one of its two readings.
 
-    reading         "kept"        the fraction of blocks that are NOT recomputed: LiteGen's code
+    reading         "kept"        the fraction of blocks that are NOT recomputed: LiteGen's code, which spreads the others
                     "recomputed"  the fraction of blocks that are: the table of the paper
     offload_inputs  the inputs of recomputed blocks are offloaded instead of kept
     """
@@ -238,7 +248,10 @@ def from_selective_ratio(
         raise UserError(
             f"selective_ratio is a fraction from 0 to 1, got {ratio}; give the fraction of blocks {reading}."
         )
-    chosen = spread(ratio, num_blocks)
-    keeps = chosen if reading == "kept" else tuple(not item for item in chosen)
+    if reading == "kept":
+        theirs = litegen_recomputed(ratio, num_blocks)
+        recomputed = tuple(block in theirs for block in range(num_blocks))
+    else:
+        recomputed = spread(ratio, num_blocks)
     again = replace(Policy.recompute(), block_input=OFFLOAD) if offload_inputs else Policy.recompute()
-    return tuple(Policy.keep() if item else again for item in keeps)
+    return tuple(again if item else Policy.keep() for item in recomputed)
