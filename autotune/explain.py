@@ -106,7 +106,7 @@ class Explanation:
 
 def explain(plan: Plan, entry: PlanEntry, problem: Problem, tick: Callable[[], None] = lambda: None) -> Explanation:
     """Predict the entry again and look around it; `tick` is called after each of its `changes`."""
-    model, layout = StepModel(problem), layout_of(plan, entry)
+    model, layout = StepModel(problem, plan.limit_bytes), layout_of(plan, entry)
     chosen = model.predict(layout, entry.policy)
     number = problem.config.num_layers
     keep, again = (model.predict(layout, [policy] * number) for policy in (Policy.keep(), Policy.recompute()))
@@ -115,7 +115,7 @@ def explain(plan: Plan, entry: PlanEntry, problem: Problem, tick: Callable[[], N
     slacks = {words: slack(problem, chosen, names) for words, names in LINKS.items() if used & set(names)}
     effects, looked_at = [], [keep, again, *around(model, chosen)]
     for change in changes(problem, layout):
-        found, seen = effect(problem, chosen, change)
+        found, seen = effect(problem, chosen, change, plan.limit_bytes)
         effects.append(found)
         looked_at += seen if change.factor == 1 else []
         tick()

@@ -244,7 +244,7 @@ def plan_run(
     name, best = min(
         found, key=lambda item: _weighted([one.best.cost.step_s for one in item[1]], list(weighed.values()))
     )
-    return _plan(config, cluster, name, num_text_tokens, parked, best)
+    return _plan(config, cluster, name, num_text_tokens, parked, limit_bytes, best)
 
 
 def answers(
@@ -304,7 +304,7 @@ def _weighed(shapes: Sequence[VideoShape], weights: Sequence[float] | None) -> d
 
 def _plan(
     config: TransformerConfig, cluster: Cluster, dtype: str, num_text_tokens: int, parked: tuple[str, ...],
-    found: Sequence[Answer],
+    limit_bytes: int | None, found: Sequence[Answer],
 ) -> Plan:  # fmt: skip
     device, layout = cluster.device, found[0].best.layout
     inside = cluster.num_nodes > 1 and cluster.num_devices_per_node % layout.num_shards == 0
@@ -321,6 +321,7 @@ def _plan(
         device_threads=device.num_threads,
         device_gib=device.memory_gib,
         parked=parked,
+        limit_bytes=int(SAFETY * device.memory_bytes) if limit_bytes is None else limit_bytes,
     )
 
 

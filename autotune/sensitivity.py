@@ -85,9 +85,16 @@ def links_between(problem: Problem, layout: Layout) -> set[str]:
     return inside | ({"inter_node"} if any(group.num_nodes > 1 for group in groups) else set())
 
 
-def effect(problem: Problem, chosen: Outcome, change: Change) -> tuple[Effect, tuple[Outcome, ...]]:
-    """The chosen step predicted again and the best searched anew, both with the change; and all that was looked at."""
-    model = StepModel(on(problem, change.cluster))
+def effect(
+    problem: Problem, chosen: Outcome, change: Change, limit_bytes: int | None = None
+) -> tuple[Effect, tuple[Outcome, ...]]:
+    """The chosen step predicted again and the best searched anew, both with the change; and all that was looked at.
+
+    limit_bytes  memory that may be used before the change, and as much of more or less memory; None: 0.9 of the device's
+    """
+    if limit_bytes is not None:
+        limit_bytes = limit_bytes * change.cluster.device.memory_bytes // problem.cluster.device.memory_bytes
+    model = StepModel(on(problem, change.cluster), limit_bytes)
     now = model.predict(chosen.layout, chosen.policies)
     does = fits(now, model.limits())
     search = ShapeSearch(model)

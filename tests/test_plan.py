@@ -34,6 +34,7 @@ PLAN = Plan(
     model="0123456789ab", device="ba9876543210", device_name="made-up CPU", compute_dtype="bfloat16", num_text_tokens=77,
     entries=(ENTRY, replace(ENTRY, shape="1x128x128")), peak_flops=1.5e11, mesh={"dp_replicate": 2, "dp_shard": 4, "sp": 8},
     fsdp_group="node", parked=("average", "optimizer"), device_threads=2, device_gib=16,
+    limit_bytes=14 * 2**30,
 )  # fmt: skip
 
 
@@ -49,15 +50,20 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
-def test_a_plan_from_before_there_was_parking_or_a_depth_is_read(tmp_path: Path) -> None:
+def test_a_plan_from_before_there_was_parking_a_depth_or_a_limit_is_read(tmp_path: Path) -> None:
     PLAN.save(tmp_path / "plan.json")
 
     def age(plan: dict[str, Any]) -> None:
-        del plan["parked"], plan["entries"][0]["prefetch_depth"], plan["entries"][1]["prefetch_depth"]
+        del (
+            plan["parked"],
+            plan["limit_bytes"],
+            plan["entries"][0]["prefetch_depth"],
+            plan["entries"][1]["prefetch_depth"],
+        )
 
     edit(tmp_path / "plan.json", age)
     entries = tuple(replace(entry, prefetch_depth=1) for entry in PLAN.entries)
-    assert Plan.load(tmp_path / "plan.json") == replace(PLAN, parked=(), entries=entries)
+    assert Plan.load(tmp_path / "plan.json") == replace(PLAN, parked=(), entries=entries, limit_bytes=None)
 
 
 def test_the_digest_follows_every_input_and_nothing_else() -> None:
@@ -111,6 +117,7 @@ def test_edited_inputs_are_refused(tmp_path: Path, change: Callable[[dict[str, A
         (lambda plan: plan["entries"][0].update(accumulation=1.5), "accumulation of .* got 1.5"),
         (lambda plan: plan["entries"][0].update(num_chunks=-1), "num_chunks of .* got -1"),
         (lambda plan: plan["entries"][0].update(prefetch_depth=0), "prefetch_depth of .* got 0"),
+        (lambda plan: plan.update(limit_bytes=0.9), "limit_bytes of a Plan .* got 0.9"),
         (lambda plan: plan.update(parked=["averages"]), "unknown parked state of a Plan 'averages'; .*'average'"),
         (
             lambda plan: plan.update(parked=["average", "average"]),

@@ -184,6 +184,7 @@ class Plan:
     parked: tuple[str, ...] = ()  # of PARKABLE: states that lie in host memory between their uses (offload/states.py)
     device_threads: int | None = None  # with the name all that Device.fingerprint() is made of, so that `check` can
     device_gib: int | None = None  # say what differs
+    limit_bytes: int | None = None  # device memory that the search allowed; None: 0.9 of the device's
 
     def __post_init__(self) -> None:
         for name in self.parked:
@@ -192,6 +193,11 @@ class Plan:
         if len(set(self.parked)) < len(self.parked):
             raise UserError(
                 f"expected each parked state of a Plan once, got {', '.join(self.parked)}; plan it again with `vchitect-fast autotune`."
+            )
+        limit = self.limit_bytes
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+            raise UserError(
+                f"limit_bytes of a Plan must be a whole number from 1 up, got {limit!r}; plan it again with `vchitect-fast autotune`."
             )
 
     def digest(self) -> str:

@@ -47,6 +47,17 @@ def test_the_plan_is_predicted_as_it_was_planned() -> None:
     assert "The Plan says" not in all_said(found)
 
 
+def test_the_limit_that_a_plan_was_searched_with_is_kept(tmp_path: Path) -> None:
+    cluster, by_default, _ = tight()
+    assert by_default.limit_bytes == int(0.9 * cluster.device.memory_bytes)
+    plan = replace(by_default, limit_bytes=64 * cluster.device.memory_bytes)
+    plan.save(tmp_path / "plan.json")
+    [found] = explained(cluster, Plan.load(tmp_path / "plan.json"))
+    assert found.limits.device_bytes == StepModel(found.problem, plan.limit_bytes).limits().device_bytes
+    assert all(item.fits for item in found.effects)  # also with less of so much memory
+    assert found.effects[0].winner, "keeping everything fits now"
+
+
 def test_the_sentences_have_the_figures() -> None:
     _, _, found = tight()
     cost, memory = found.outcome.cost, found.outcome.memory
