@@ -75,6 +75,8 @@ class _Work:
     whole: list[int]
     exchange_bytes: int
     row_bytes: int  # of one [rows, D]
+    forward_s: float  # compute of one microbatch, nothing made again
+    backward_s: float
 
 
 class StepModel:
@@ -233,7 +235,10 @@ class StepModel:
             )
             exchange = 2 * into if layout.sp > 1 else 0  # packed, and arrived
             whole = whole_bytes(work, self.device, self.dtype, layout.shard)
-            self._work[key] = _Work(prices, whole, exchange, volume)
+            sums = [item.sum() for item in parts]
+            forward_s = sum(item.forward_s for item in sums) + ends.forward_s
+            backward_s = sum(item.backward_s for item in sums) + ends.backward_s
+            self._work[key] = _Work(prices, whole, exchange, volume, forward_s, backward_s)
         return self._work[key]
 
     def _collective_s(self, kind: str, num_bytes: float, group: Group) -> float:
@@ -327,11 +332,9 @@ class StepModel:
         def exposed(*streams: str) -> float:
             return sum(line.exposed_s(name) + (times - 1) * other.exposed_s(name) for name in streams)
 
-        parts, ends = work.prices.parts, work.prices.ends
         return StepCost(
-            forward_s=times * (sum(item.sum().forward_s for item in parts) + ends.forward_s),
-            backward_s=times * (sum(item.sum().backward_s for item in parts) + ends.backward_s)
-            + accumulation_seconds(workload, self.rates, self.dtype, times),
+            forward_s=times * work.forward_s,
+            backward_s=times * work.backward_s + accumulation_seconds(workload, self.rates, self.dtype, times),
             recompute_s=times * sum(item.again_s for item in chosen),
             optimizer_s=(self.calibration.optimizer if self.calibration else 1.0)
             * optimizer_seconds(workload, self.rates, self.dtype, ema=self.problem.ema, num_shards=layout.num_shards),

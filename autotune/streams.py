@@ -89,15 +89,18 @@ def simulate(tasks: Sequence[Task], contention: Contention) -> Timeline:
         queues[task.stream].append(place)
     heads, running = [0] * len(STREAMS), [-1] * len(STREAMS)
     left = [task.seconds for task in tasks]
+    least = [1e-12 * seconds for seconds in left]  # what rounding may leave of a task that is done
     starts, ends, exposed = [0.0] * number, [-1.0] * number, [0.0] * len(STREAMS)
     slowed: dict[int, list[float]] = {}  # by the set of streams that run
+    present = [(stream, queue) for stream, queue in enumerate(queues) if queue]
+    waits = [task.after for task in tasks]
     now = 0.0
     while True:
         active, which = [], 0
-        for stream, queue in enumerate(queues):
+        for stream, queue in present:
             if running[stream] < 0 and heads[stream] < len(queue):
                 first = queue[heads[stream]]
-                for before in tasks[first].after:
+                for before in waits[first]:
                     if ends[before] < 0:
                         break
                 else:  # a task of no length is done at once, and what waits for it may start at the same moment
@@ -111,13 +114,13 @@ def simulate(tasks: Sequence[Task], contention: Contention) -> Timeline:
             slowed[which] = _slowed(running, contention)
         slow = slowed[which]
         step = min([left[running[stream]] * slow[stream] for stream in active])
-        if step > 0:
+        if step > 0 and (running[COMPUTE] < 0 or slow[COMPUTE] > 1):  # else nothing is exposed
             _account(tasks, running, queues[COMPUTE], heads[COMPUTE], ends, slow[COMPUTE], step, exposed)
         now += step
         for stream in active:
             done = running[stream]
             left[done] -= step / slow[stream]
-            if left[done] <= 1e-12 * tasks[done].seconds:
+            if left[done] <= least[done]:
                 ends[done], running[stream] = now, -1
                 heads[stream] += 1
     assert all(end >= 0 for end in ends), "a task waits for one that comes after it in the same stream"
