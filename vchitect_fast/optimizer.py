@@ -101,7 +101,8 @@ class MasterAdamW:
 
 def _gradient_to(master: Tensor) -> Callable[[Tensor], None]:
     def add(parameter: Tensor) -> None:
-        assert parameter.grad is not None  # the hook runs after it was accumulated
+        if parameter.grad is None:  # a hand-written backward that has no gradient for it runs the hook all the same
+            return
         gradient = parameter.grad.float()
         master.grad = gradient if master.grad is None else master.grad.add_(gradient)
         parameter.grad = None
