@@ -24,7 +24,7 @@ from vchitect_fast.autotune.bounds import fits
 from vchitect_fast.autotune.describe import blocks_in_words, layout_in_words, layout_of
 from vchitect_fast.autotune.layout import Problem
 from vchitect_fast.autotune.memory import GIB
-from vchitect_fast.autotune.model import Limits, Outcome, StepModel
+from vchitect_fast.autotune.model import SAFETY, Limits, Outcome, StepModel
 from vchitect_fast.autotune.report import PART_NAMES, gib, render, render_explanation, seconds, show
 from vchitect_fast.autotune.sensitivity import (
     HOST_LINKS,
@@ -106,7 +106,11 @@ class Explanation:
 
 def explain(plan: Plan, entry: PlanEntry, problem: Problem, tick: Callable[[], None] = lambda: None) -> Explanation:
     """Predict the entry again and look around it; `tick` is called after each of its `changes`."""
-    model, layout = StepModel(problem, plan.limit_bytes), layout_of(plan, entry)
+    # The cluster at hand may have less memory than the one that the Plan was searched for.
+    limit = (
+        None if plan.limit_bytes is None else min(plan.limit_bytes, int(SAFETY * problem.cluster.device.memory_bytes))
+    )
+    model, layout = StepModel(problem, limit), layout_of(plan, entry)
     chosen = model.predict(layout, entry.policy)
     number = problem.config.num_layers
     keep, again = (model.predict(layout, [policy] * number) for policy in (Policy.keep(), Policy.recompute()))
@@ -115,7 +119,7 @@ def explain(plan: Plan, entry: PlanEntry, problem: Problem, tick: Callable[[], N
     slacks = {words: slack(problem, chosen, names) for words, names in LINKS.items() if used & set(names)}
     effects, looked_at = [], [keep, again, *around(model, chosen)]
     for change in changes(problem, layout):
-        found, seen = effect(problem, chosen, change, plan.limit_bytes)
+        found, seen = effect(problem, chosen, change, limit)
         effects.append(found)
         looked_at += seen if change.factor == 1 else []
         tick()
