@@ -107,9 +107,8 @@ class Explanation:
 def explain(plan: Plan, entry: PlanEntry, problem: Problem, tick: Callable[[], None] = lambda: None) -> Explanation:
     """Predict the entry again and look around it; `tick` is called after each of its `changes`."""
     # The cluster at hand may have less memory than the one that the Plan was searched for.
-    limit = (
-        None if plan.limit_bytes is None else min(plan.limit_bytes, int(SAFETY * problem.cluster.device.memory_bytes))
-    )
+    usable = int(SAFETY * problem.cluster.device.memory_bytes)
+    limit = min(plan.limit_bytes or usable, usable)
     model, layout = StepModel(problem, limit), layout_of(plan, entry)
     chosen = model.predict(layout, entry.policy)
     number = problem.config.num_layers

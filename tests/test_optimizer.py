@@ -6,6 +6,7 @@ pytest tests/test_optimizer.py
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -151,6 +152,28 @@ def test_a_parameter_without_gradient_stays_as_it_is(dtype: torch.dtype) -> None
     assert torch.equal(net.unused, before)  # no decay either
     assert torch.equal(step.masters["unused"].to(dtype), before)
     assert not torch.equal(net.linear.weight, used)
+
+
+class NoGradient(torch.autograd.Function):
+    """x, of which a second argument is an input without a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, _parameter: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *d: Tensor) -> tuple[Tensor, None]:
+        return d[0], None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_backward_that_has_no_gradient_for_a_parameter_leaves_it(dtype: torch.dtype) -> None:
+    net = Net().to(dtype)
+    step = optimizer(net)
+    before, used = net.unused.detach().clone(), net.linear.weight.detach().clone()
+    NoGradient.apply(net(batches(1, dtype)[0]), net.unused).float().square().mean().backward()
+    step.step(0.1, 1.0)
+    assert torch.equal(net.unused, before) and not torch.equal(net.linear.weight, used)
 
 
 def test_a_step_without_gradients_changes_nothing() -> None:

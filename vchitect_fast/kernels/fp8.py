@@ -22,53 +22,26 @@ R rows, K columns.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vchitect_fast.errors import UserError
-
 E4M3 = torch.float8_e4m3fn
-LEAST_CAPABILITY = (8, 9)  # the first with fp8 tensor cores
 
 
-@dataclass
+@dataclass(frozen=True)
 class Quantised:
     """q [..., K] in e4m3, and a scale for each row, [...] in fp32, or one for all, [1]; stands for rows of `dtype`."""
 
     q: Tensor
     scale: Tensor
     dtype: torch.dtype
-    across: Quantised | None = None  # turned, once somebody asked
-
-    def __getitem__(self, sample: int) -> Quantised:
-        return Quantised(self.q[sample], self.scale[sample], self.dtype)
 
 
-def product(a: Quantised, b: Quantised, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """a b^T (+ bias) [M, N], into `out` if given; a [M, K], b [N, K]. By torch._scaled_mm, on a GPU or a CPU."""
+def product(a: Quantised, b: Quantised) -> Tensor:
+    """a b^T [M, N]; a [M, K], b [N, K]. By torch._scaled_mm, on a GPU or a CPU."""
     if a.scale.numel() == b.scale.numel() == 1:
         scales = a.scale[0], b.scale[0]
     else:
         scales = a.scale.expand(len(a.q)).contiguous()[:, None], b.scale.expand(len(b.q)).contiguous()[None]
-    arguments: dict[str, Any] = {"bias": bias, "out_dtype": a.dtype, "use_fast_accum": False}
-    if out is not None and out.is_contiguous():
-        return torch._scaled_mm(a.q, b.q.T, *scales, **arguments, out=out)
-    made = torch._scaled_mm(a.q, b.q.T, *scales, **arguments)
-    return made if out is None else out.copy_(made)
-
-
-def check(op: str, x: Tensor) -> None:
-    """UserError where the scaled GEMM cannot take rows like x [..., K] on x's device."""
-    if x.shape[-1] % 16:
-        raise UserError(f"{op}: expected a hidden dim that 16 divides, got {x.shape[-1]}; train it without fp8.")
-    if not x.is_cuda:
-        return
-    if torch.cuda.get_device_capability(x.device) < LEAST_CAPABILITY:
-        name = torch.cuda.get_device_name(x.device)
-        raise UserError(f"{op}: expected a GPU of compute capability 8.9 or more, got {name}; train without fp8.")
-    if x.dtype != torch.bfloat16:
-        raise UserError(
-            f"{op}: expected rows in bfloat16 on a GPU, got {str(x.dtype)[6:]}; plan with --dtype bfloat16."
-        )
+    return torch._scaled_mm(a.q, b.q.T, *scales, out_dtype=a.dtype, use_fast_accum=False)

@@ -142,10 +142,11 @@ def bias_gelu(x_RK: Tensor, bias_K: Tensor) -> tuple[Tensor, Tensor]:
 
 def turn(q_RK: Tensor, scale_R: Tensor) -> tuple[Tensor, Tensor]:
     """qT [K, R up to a multiple of 16] and the one scale [1]; q and scale as `quantise` gives them."""
-    _check.tensor("fp8 turn", "q", q_RK.contiguous(), (None, None), dtype=E4M3)
+    q_RK = q_RK.contiguous()
+    _check.tensor("fp8 turn", "q", q_RK, (None, None), dtype=E4M3)
     _check.tensor("fp8 turn", "scale", scale_R, tuple(q_RK.shape[:1]), like=q_RK, dtype=torch.float32)
     _check.runnable("fp8 turn", scale_R)
-    return _turn(q_RK.contiguous(), scale_R)
+    return _turn(q_RK, scale_R)
 
 
 def _check_rows(op: str, x_RK: Tensor) -> None:
