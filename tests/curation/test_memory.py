@@ -55,6 +55,7 @@ def curated_by_one_worker(path: Path) -> tuple[int, int]:
         engine.close()
 
 
+@pytest.mark.soak
 def test_peak_memory_of_a_worker_does_not_follow_the_length(tmp_path: Path) -> None:
     peaks = []
     for minutes in (2, 10):

@@ -144,6 +144,7 @@ def test_what_one_rank_cannot_do_ends_all_with_its_words(tmp_path: Path, one_thr
     assert said == also == "read_state failed on rank 1 on purpose"
 
 
+@pytest.mark.soak
 def test_a_killed_rank_ends_all_and_is_named_and_the_run_goes_on_exactly(tmp_path: Path, one_thread: None) -> None:
     whole = run_file(tmp_path, "whole", (1, 1, 2), 2, FRAMES, steps=4)
     assert ranks(2).run("train_calls:trained", str(whole)) == [4] * 2
