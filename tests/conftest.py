@@ -5,9 +5,11 @@ from __future__ import annotations
 import glob
 import os
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from ranks import stop_all
 
 # Before torch is first imported: its thread pools read these once.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -45,3 +47,9 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _ranks_end_with_the_file() -> Iterator[None]:
+    yield
+    stop_all()

@@ -1,4 +1,4 @@
-"""Processes for tests of what runs on many ranks: gloo groups that live as long as the test session, one a world size.
+"""Processes for tests of what runs on many ranks: gloo groups that live as long as a test file's tests, one a world size.
 
     results = ranks(4).run("sequence_cases:losses", spec, seed)        a list, by rank
 
@@ -6,7 +6,9 @@
 arguments and results are pickled. An exception of a rank is raised here with the rank and its traceback; where the other ranks
 then wait for it in vain, or nothing comes for `timeout_s`, all are killed and the next `run` starts new ones.
 
-The first import of torch costs seconds, so a starter process imports it once and forks the ranks. One thread each.
+The first import of torch costs seconds, so a starter process imports it once and forks the ranks. One thread each. They end with
+the file (conftest.py): each group that a test makes has a thread of gloo's that wakes a hundred times a second, and DTensor's
+caches do not outlive a group, so none can be given back.
 Tests of kills start their own processes: these are shared.
 """
 
@@ -107,12 +109,13 @@ class Ranks:
 
 
 def ranks(world_size: int) -> Ranks:
-    """The ranks of a world size, the same ones for the whole session."""
+    """The ranks of a world size, the same ones for a whole file."""
     return _groups.setdefault(world_size, Ranks(world_size))
 
 
 @atexit.register
-def _stop_all() -> None:
+def stop_all() -> None:
+    """End the processes of every world size; a `run` starts new ones."""
     for group in _groups.values():
         group.stop()
 
