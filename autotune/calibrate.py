@@ -2,6 +2,7 @@
 
     calibration = calibrate(Ledger("plan.ledger.jsonl").pairs())        from `autotune verify`, one measured step is enough
     calibration.memory(step_memory, row_bytes), .forward, .backward, .optimizer      taken by StepModel
+    Calibration.of(plan)                                                 the one that a Plan's predictions were made with
 
 Memory has two unknowns, both of which one measured step answers:
     extra_bytes   what is there between steps and no formula counts: libraries' workspaces, what the process has loaded.
@@ -17,19 +18,16 @@ Refused: another model, device or dtype; predictions that were calibrated alread
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from statistics import fmean, median
-from typing import Any
 
 from vchitect_fast.autotune.ledger import Expectation, Pair
 from vchitect_fast.autotune.memory import GIB, StepMemory
 from vchitect_fast.errors import UserError
-from vchitect_fast.files import write_text
+from vchitect_fast.plan import Plan
 
-SCHEMA_VERSION = 1
 STANDING = ("process", "states")  # parts of a predicted peak that are there between steps
 RECOMPUTED = ("backward_s", "recompute_s")  # the log's backward_s holds both
 PLAIN = ("forward_s", "optimizer_s", *RECOMPUTED)
@@ -93,30 +91,26 @@ class Calibration:
             for name, error in (("peak", self.peak_error), ("step", self.step_error))
             if error is not None
         ]
-        measured = f"{CALIBRATED} {self.num_points} measured step{'s' if self.num_points > 1 else ''} ({timed})"
+        measured = f"{CALIBRATED} {self.num_points} step{'s' if self.num_points > 1 else ''} of {self.source} ({timed})"
         return ", ".join([measured, *(off or ["no second point to test it on"])])
 
-    def save(self, path: str | Path) -> None:
-        """Write JSON: to a temporary name, synced, then renamed."""
-        write_text(path, json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1))
-
     @classmethod
-    def load(cls, path: str | Path) -> Calibration:
-        """Read what `save` wrote; UserError when it is absent, of another schema, or not a calibration."""
-        remedy = "make one from a ledger of `vchitect-fast autotune verify`"
+    def of(cls, plan: Plan) -> Calibration | None:
+        """None: the Plan's predictions were not calibrated. UserError where the Plan's calibration is damaged."""
+        if plan.calibration is None:
+            return None
         try:
-            content: Any = json.loads(Path(path).read_bytes())
-        except OSError as error:
-            raise UserError(f"cannot read the calibration {path} ({error.strerror}); {remedy}.") from None
-        except ValueError as error:
-            raise UserError(f"the calibration {path} is not JSON ({error}); {remedy}.") from None
-        version = content.pop("schema_version", None) if isinstance(content, dict) else None
-        if version != SCHEMA_VERSION:
-            raise UserError(f"expected a calibration of schema {SCHEMA_VERSION}, got {version} in {path}; {remedy}.")
-        try:
-            return cls(**content)
+            found = cls(**plan.calibration)
+            factors = found.forward, found.backward, found.optimizer
+            good = all(map(math.isfinite, (*factors, found.extra_bytes, found.extra_rows))) and min(factors) > 0
         except TypeError as error:
-            raise UserError(f"{path} is not a calibration ({error}); {remedy}.") from None
+            raise UserError(f"the Plan's calibration is damaged ({error}); plan it again with --calibrate.") from None
+        if not good:
+            raise UserError(
+                f"expected the Plan's calibration to have factors above 0 and finite figures, got {plan.calibration}; "
+                "plan it again with --calibrate."
+            )
+        return found
 
 
 def calibrate(pairs: Sequence[Pair], source: str) -> Calibration:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from vchitect_fast.architecture import PRESETS, TransformerConfig, preset
 from vchitect_fast.autotune import explain, export, page, scale
-from vchitect_fast.autotune.calibrate import calibrate
+from vchitect_fast.autotune.calibrate import Calibration, calibrate
 from vchitect_fast.autotune.ledger import Ledger, beside, drift
 from vchitect_fast.autotune.report import compare, render, show
 from vchitect_fast.autotune.search import ONE, SAFETY, plan_run
@@ -309,7 +309,7 @@ def _write_plan(
 ) -> None:
     if args.num_nodes is not None:
         cluster = replace(cluster, num_nodes=args.num_nodes)
-    calibration = calibrate(Ledger(args.calibrate).pairs(), args.calibrate) if args.calibrate else None
+    calibration = _calibration(args.calibrate) if args.calibrate else None
     plan = plan_run(
         config,
         shapes,
@@ -327,6 +327,12 @@ def _write_plan(
     plan.save(args.out)
     _show(plan, args.json)
     _say(f"wrote {args.out}", args.json)
+
+
+def _calibration(ledger: str) -> Calibration:
+    pairs = Ledger(ledger).pairs()
+    last = f", the last on {max(pair.found.time for pair in pairs)[:10]}" if pairs else ""
+    return calibrate(pairs, Path(ledger).name + last)
 
 
 def _show(plan: Plan, as_json: bool) -> None:

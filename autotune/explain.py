@@ -21,6 +21,7 @@ from typing import Any
 
 from vchitect_fast.architecture import PRESETS, TransformerConfig, preset
 from vchitect_fast.autotune.bounds import fits
+from vchitect_fast.autotune.calibrate import Calibration
 from vchitect_fast.autotune.describe import blocks_in_words, layout_in_words, layout_of
 from vchitect_fast.autotune.layout import Problem
 from vchitect_fast.autotune.memory import GIB
@@ -198,6 +199,7 @@ def problem_of(plan: Plan, entry: PlanEntry, cluster: Cluster, config: Transform
         dtype=plan.compute_dtype,
         num_devices=layout.num_ranks,
         encode=bool(entry.predicted.step_parts_s.get("encode_s")),
+        calibration=Calibration.of(plan),
         parked=plan.parked,
     )
 
@@ -257,7 +259,7 @@ def _time(found: Explanation) -> list[str]:
     before = found.entry.predicted.step_s
     if abs(before / step - 1) > DIFFERS:
         said.append(
-            f"The Plan says {seconds(before)}, predicted by another version, from another cluster file or calibrated; plan again to be sure."
+            f"The Plan says {seconds(before)}, predicted by another version or from another cluster file; plan again to be sure."
         )
     if found.outcome.left_out:
         said.append(f"Not included, since the cluster file has no figure for it: {', '.join(found.outcome.left_out)}.")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from vchitect_fast.architecture import TransformerConfig
 from vchitect_fast.autotune.bounds import Bounds, fits
@@ -63,9 +63,9 @@ class ShapeSearch:
         """No choice on this mesh takes less."""
         return min((self._shared_s(layout) for layout in layouts(self.problem, mesh)), default=math.inf)
 
-    def own_least_s(self, mesh: Mapping[str, int]) -> float:
-        """The same with what ranks of this mesh wait for each other."""
-        least_s = math.inf
+    def own_least_s(self, mesh: Mapping[str, int], cutoff_s: float) -> float:
+        """The same with what ranks of this mesh wait for each other; the cutoff where that is at least as much."""
+        least_s = cutoff_s
         for layout in sorted(layouts(self.problem, mesh), key=self._shared_s):
             if self._shared_s(layout) >= least_s:
                 break
@@ -151,10 +151,11 @@ def decide(
     for bounds, mesh in sorted(zip(shared, candidates, strict=True), key=lambda item: _weighted(item[0], weights)):
         found: list[Outcome] = []
         bounds = list(bounds)  # replaced by what ranks of this mesh wait for, then by step times, one after the other
-        for place, search in enumerate(searches):
-            if _weighted(bounds, weights) >= best_s:
+        for place, (search, weight) in enumerate(zip(searches, weights, strict=True)):
+            total_s = _weighted(bounds, weights)
+            if total_s >= best_s or math.isinf(best_s):  # the first mesh has nothing to lose against
                 break
-            bounds[place] = search.own_least_s(mesh)
+            bounds[place] = search.own_least_s(mesh, bounds[place] + (best_s - total_s) / weight)
         for place, (search, weight) in enumerate(zip(searches, weights, strict=True)):
             total_s = _weighted(bounds, weights)
             if total_s >= best_s:
@@ -244,7 +245,7 @@ def plan_run(
     name, best = min(
         found, key=lambda item: _weighted([one.best.cost.step_s for one in item[1]], list(weighed.values()))
     )
-    return _plan(config, cluster, name, num_text_tokens, parked, limit_bytes, best)
+    return _plan(config, cluster, name, num_text_tokens, parked, limit_bytes, best, calibration)
 
 
 def answers(
@@ -304,7 +305,7 @@ def _weighed(shapes: Sequence[VideoShape], weights: Sequence[float] | None) -> d
 
 def _plan(
     config: TransformerConfig, cluster: Cluster, dtype: str, num_text_tokens: int, parked: tuple[str, ...],
-    limit_bytes: int | None, found: Sequence[Answer],
+    limit_bytes: int | None, found: Sequence[Answer], calibration: Calibration | None,
 ) -> Plan:  # fmt: skip
     device, layout = cluster.device, found[0].best.layout
     inside = cluster.num_nodes > 1 and cluster.num_devices_per_node % layout.num_shards == 0
@@ -322,6 +323,7 @@ def _plan(
         device_gib=device.memory_gib,
         parked=parked,
         limit_bytes=int(SAFETY * device.memory_bytes) if limit_bytes is None else limit_bytes,
+        calibration=asdict(calibration) if calibration else None,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache
 
 from vchitect_fast.architecture import TransformerConfig, preset
+from vchitect_fast.autotune.calibrate import Calibration
 from vchitect_fast.autotune.explain import Explanation, explain, problem_of
 from vchitect_fast.autotune.search import plan_run
 from vchitect_fast.cluster import AttentionPoint, Cluster, Device, Link
@@ -32,10 +33,13 @@ def made_up_cluster(memory_bytes: int = 700 * 2**20, host_bytes_per_s: float = 5
     return Cluster(f"made up{attack}", device, 2, 4, 2**36, links)
 
 
-def made_up_plan(cluster: Cluster, config: TransformerConfig = CONFIG, *shapes: VideoShape) -> Plan:
+def made_up_plan(
+    cluster: Cluster, config: TransformerConfig = CONFIG, *shapes: VideoShape, calibration: Calibration | None = None
+) -> Plan:
     """The best Plan for the shapes on MESH."""
     return plan_run(
-        config, list(shapes or (SHAPE,)), cluster, batch=4, num_text_tokens=16, dtype="bfloat16", mesh=MESH
+        config, list(shapes or (SHAPE,)), cluster, batch=4, num_text_tokens=16, dtype="bfloat16", mesh=MESH,
+        calibration=calibration,
     )  # fmt: skip
 
 

@@ -185,6 +185,7 @@ class Plan:
     device_threads: int | None = None  # with the name all that Device.fingerprint() is made of, so that `check` can
     device_gib: int | None = None  # say what differs
     limit_bytes: int | None = None  # device memory that the search allowed; None: 0.9 of the device's
+    calibration: dict[str, Any] | None = None  # fields of the autotune.calibrate.Calibration behind the predictions
 
     def __post_init__(self) -> None:
         for name in self.parked:

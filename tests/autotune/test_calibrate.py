@@ -5,17 +5,17 @@ pytest tests/autotune/test_calibrate.py; figures made up, no torch. Real steps: 
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from ledgers import PARTS_GIB, pair
+from ledgers import PARTS_GIB, pair, plan
 
 from vchitect_fast.autotune.calibrate import Calibration, calibrate
 from vchitect_fast.autotune.ledger import Pair
 from vchitect_fast.autotune.memory import GIB, StepMemory
 from vchitect_fast.errors import UserError
+from vchitect_fast.plan import Plan
 
 SMALL, LARGE, LARGEST = "2x32x32", "8x64x64", "16x96x96"
 TRUE_BYTES, TRUE_ROWS = 3 * 2**20, 70.0  # what the made-up formulas leave out
@@ -131,19 +131,13 @@ def test_refused_for_another(what: str, value: str) -> None:
         calibrate([measured(), mixed], "made up")
 
 
-def test_round_trip_and_damaged_files(tmp_path: Path) -> None:
-    found, path = calibrate([measured(), measured(LARGE)], "made up"), tmp_path / "calibration.json"
-    found.save(path)
-    assert Calibration.load(path) == found
-    content = json.loads(path.read_text())
-    for text, message in (
-        ("{", "is not JSON"),
-        ("[1]", "expected a calibration of schema 1, got None"),
-        (json.dumps(content | {"schema_version": 2}), "schema 1, got 2"),
-        (json.dumps(content | {"forwards": 1.0}), "is not a calibration .*forwards"),
-    ):
-        path.write_text(text)
-        with pytest.raises(UserError, match=message):
-            Calibration.load(path)
-    with pytest.raises(UserError, match="cannot read the calibration"):
-        Calibration.load(tmp_path / "none.json")
+def test_a_plan_keeps_it_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    found, path = calibrate([measured(), measured(LARGE)], "made up"), tmp_path / "plan.json"
+    assert Calibration.of(plan()) is None
+    replace(plan(), calibration=asdict(found)).save(path)
+    assert Calibration.of(Plan.load(path)) == found
+    for damage in ({"forwards": 1.0}, {"forward": "2"}, {"backward": 0.0}, {"extra_rows": float("nan")}):
+        with pytest.raises(UserError, match="the Plan's calibration .*plan it again with --calibrate"):
+            Calibration.of(replace(plan(), calibration=asdict(found) | damage))
+    with pytest.raises(UserError, match="the Plan's calibration is damaged"):
+        Calibration.of(replace(plan(), calibration={}))

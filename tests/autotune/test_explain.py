@@ -15,6 +15,7 @@ import pytest
 from made_up_plan import CONFIG, MESH, explained, made_up_cluster, made_up_plan, tight
 
 from vchitect_fast.architecture import preset
+from vchitect_fast.autotune.calibrate import Calibration
 from vchitect_fast.autotune.describe import blocks_in_words, difference, layout_of, policy_in_words
 from vchitect_fast.autotune.explain import Explanation, config_of, made_from, problem_of, run
 from vchitect_fast.autotune.layout import Layout
@@ -44,6 +45,23 @@ def test_the_plan_is_predicted_as_it_was_planned() -> None:
     _, plan, found = tight()
     assert found.outcome.cost.step_s == plan.entries[0].predicted.step_s
     assert found.outcome.layout == Layout(**MESH, shard=plan.entries[0].shard, microbatch=1, accumulation=2)
+    assert "The Plan says" not in all_said(found)
+
+
+def test_a_calibrated_plan_is_predicted_as_it_was_planned(tmp_path: Path) -> None:
+    cluster, plain, _ = tight()
+    known = Calibration(
+        CONFIG.fingerprint(), cluster.device.fingerprint(), "bfloat16", extra_bytes=-(2**21), extra_rows=1.7, forward=1.3,
+        backward=1.1, optimizer=0.9, num_points=2, num_timed=2, peak_error=0.01, step_error=0.02, source="made up",
+    )  # fmt: skip
+    made_up_plan(cluster, calibration=known).save(tmp_path / "plan.json")
+    plan = Plan.load(tmp_path / "plan.json")
+    [found], predicted = explained(cluster, plan), plan.entries[0].predicted
+    assert predicted.step_s != plain.entries[0].predicted.step_s
+    assert (found.outcome.cost.parts(), found.outcome.memory.parts_gib()) == (
+        predicted.step_parts_s,
+        predicted.peak_parts_gib,
+    )
     assert "The Plan says" not in all_said(found)
 
 
