@@ -9,19 +9,19 @@
 A name is "kind/what", its kind one of KINDS. Off, a span costs three calls that do next to nothing. In a region that
 torch.compile captures, spans vanish: they would split the graph. A forward span that opens inside a backward is a
 recomputation and is recorded as recompute/..., whoever wrote the checkpoint. Backward has no spans a branch: autograd's
-nodes carry the sequence numbers of their forward ops, and the analysis leads them back (no hook, no cost). It refuses a
-kind that is not in the table, and NVTX without its package.
+nodes carry the sequence numbers of their forward ops, and the analysis leads them back (no hook, no cost). It loads no
+torch, so curation's workers have spans too; without torch nothing compiles and nothing runs backward. It refuses a kind
+that is not in the table, and NVTX without its package.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, Protocol, TypeVar
-
-import torch
 
 from vchitect_fast.errors import UserError
 from vchitect_fast.profiling.kinds import KINDS
@@ -45,6 +45,7 @@ class Sink(Protocol):
 
 
 _sinks: tuple[Sink, ...] = ()
+_torch: Any = None  # the module, where the program had loaded it when the recording began
 _open: dict[int, list[tuple[Span, str, list[Sink]]]] = {}  # thread -> its open spans, absent when there are none
 _known: dict[str, Span] = {}
 
@@ -59,11 +60,11 @@ class Span:
         assert self.kind in KINDS, f"span {name!r}: its kind must be one of {', '.join(KINDS)}"
 
     def __enter__(self) -> None:
-        if _sinks and not torch.compiler.is_compiling():
+        if _sinks and not (_torch and _torch.compiler.is_compiling()):
             _begin(self)
 
     def __exit__(self, _kind: object, _error: object, _traceback: object) -> None:
-        if (_sinks or _open) and not torch.compiler.is_compiling():
+        if (_sinks or _open) and not (_torch and _torch.compiler.is_compiling()):
             _end(self)
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
@@ -95,9 +96,9 @@ def tell(**parts: Any) -> None:
 @contextmanager
 def recording(*sinks: Sink) -> Iterator[None]:
     """Spans reach `sinks`, entered in this order and left in the reverse. One recording at a time, for all threads."""
-    global _sinks
+    global _sinks, _torch
     assert sinks and not _sinks, "expected sinks, and no recording at work"
-    _sinks = sinks
+    _sinks, _torch = sinks, sys.modules.get("torch")
     try:
         yield
     finally:
@@ -108,11 +109,13 @@ class TorchSink:
     """torch.profiler's record_function: a range in PyTorch's traces, seen only while a profiler runs."""
 
     def __init__(self) -> None:
-        self._local = threading.local()
+        from torch.profiler import record_function
+
+        self._range, self._local = record_function, threading.local()
 
     def enter(self, name: str) -> None:
         """Open the range."""
-        scope = torch.profiler.record_function(name)
+        scope = self._range(name)
         scope.__enter__()
         self._stack().append(scope)
 
@@ -171,7 +174,7 @@ def _begin(made: Span) -> None:
         around = stack[-1][1].partition("/")[2] if stack else ""
         name = f"{kind}/{around}{what}" if around else f"{kind}/{what[1:]}"
     # Autograd numbers the backward that a thread is in; torch's own checkpoint asks the same.
-    if made.kind == "forward" and torch._C._current_graph_task_id() != -1:
+    if made.kind == "forward" and _torch and _torch._C._current_graph_task_id() != -1:
         name = f"recompute/{name.partition('/')[2]}"
     entered: list[Sink] = []
     for sink in _sinks:
