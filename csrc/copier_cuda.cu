@@ -25,6 +25,18 @@ cudaStream_t stream_of(void* handle) { return static_cast<cudaStream_t>(handle);
 cudaStream_t stream_of(Stream handle) { return reinterpret_cast<cudaStream_t>(handle); }
 cudaEvent_t event_of(void* handle) { return static_cast<cudaEvent_t>(handle); }
 
+// In a captured graph the events below would be nodes, never done, and a replay would copy into
+// slots that others have by then.
+void refuse_capture(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status), "the state of the caller's stream");
+  if (status != cudaStreamCaptureStatusNone) {
+    throw std::runtime_error(
+        "expected a stream that runs, got one whose CUDA graph is being captured; capture without "
+        "offload.");
+  }
+}
+
 // Makes the copier's device current for a call and puts the caller's back.
 class OnDevice {
  public:
@@ -116,6 +128,7 @@ Mark CudaCopier::start(Direction direction, const Copy& copy, std::optional<Mark
                        Stream stream) {
   const OnDevice guard(device_);
   const Range range(direction == Direction::kOffload ? "copy_out/enqueue" : "copy_in/enqueue");
+  refuse_capture(stream_of(stream));
   const std::lock_guard lock(mutex_);
   Queue& own = queue(direction);
   const cudaStream_t copies = stream_of(own.stream);
@@ -153,6 +166,7 @@ Mark CudaCopier::start(Direction direction, const Copy& copy, std::optional<Mark
 
 void CudaCopier::wait(Mark mark, Stream stream) {
   const OnDevice guard(device_);
+  refuse_capture(stream_of(stream));
   const std::lock_guard lock(mutex_);
   if (void* end = end_event(mark)) {
     check(cudaStreamWaitEvent(stream_of(stream), event_of(end)), "a wait for a copy");

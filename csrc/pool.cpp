@@ -114,6 +114,9 @@ PinnedPool::PinnedPool(const PoolOptions& options)
   // Advice only: fewer page-table entries where the system has huge pages, no harm where it has
   // none.
   ::madvise(slab_, budget_bytes_, MADV_HUGEPAGE);
+  // A fork that copied a page on the next write would leave the device at the old one, and tables
+  // for the whole slab cost a data worker its start.
+  ::madvise(slab_, budget_bytes_, MADV_DONTFORK);
   const unsigned cores = std::max(1U, std::thread::hardware_concurrency());
   setup_.num_threads = options.num_threads ? options.num_threads : std::min(cores, kMaxThreads);
   try {

@@ -13,9 +13,8 @@ from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-import av
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -26,6 +25,9 @@ from vchitect_fast.buckets import Window
 from vchitect_fast.errors import UserError
 from vchitect_fast.files import whole_file
 from vchitect_fast.shapes import VideoShape
+
+if TYPE_CHECKING:
+    import av  # where it is used, so that what only trains on latents needs no FFmpeg
 
 
 class DecodeError(Exception):
@@ -122,6 +124,8 @@ def _nearest_frames(
 
 def _frames(path: Path, seek_s: float | None) -> Generator[tuple[float, av.VideoFrame], None, None]:
     """(seconds from the first frame of the file, frame), in order of presentation, from at or before `seek_s`."""
+    import av
+
     with _opened(path) as container:
         if not container.streams.video:
             raise DecodeError("it has no video stream", whole_file=True)
@@ -148,6 +152,8 @@ def _frames(path: Path, seek_s: float | None) -> Generator[tuple[float, av.Video
 @contextmanager
 def _opened(path: Path) -> Iterator[av.container.InputContainer]:
     """The container of a file, or of a tar's member (members.py); closed at the end, the container before its file."""
+    import av
+
     with ExitStack() as stack:
         try:
             container = stack.enter_context(av.open(stack.enter_context(members.opened(path)), "r"))
@@ -177,6 +183,8 @@ def write_video(path: str | Path, frames: Tensor, fps: float) -> None:
     Raises UserError when the frames are of another shape or type, have an odd side (4:2:0 halves both), or the file
     cannot be written.
     """
+    import av
+
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise UserError(f"a video needs uint8 frames [T,H,W,3], got {frames.dtype} {list(frames.shape)}; convert them.")
     if frames.shape[1] % 2 or frames.shape[2] % 2:
