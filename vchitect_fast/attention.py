@@ -1,43 +1,138 @@
-"""The three attention branches of a block, one public function each.
+"""The three attention branches of a block, one public function each, and who computes them.
 
     spatial   every frame attends within itself: S visual + N text tokens
     temporal  every token position attends over the T frames, rotary on the frame index
     cross     all T (S+N) tokens attend to the first frame's N text tokens of their own sample
 
-Scale 1/sqrt(C), no mask, no dropout. Source: model_spec, "Attention". `backend` names who computes: "sdpa" is torch's
-scaled_dot_product_attention, "math" the written-out softmax that defines the answer. An explicit choice never falls back.
+Scale 1/sqrt(C), no mask, no dropout. Source: model_spec, "Attention". `backend` (plan.ATTENTION_BACKENDS):
+    sdpa           torch's scaled_dot_product_attention, which chooses for itself; the default
+    math           the softmax written out, which defines the answer
+    cudnn, flash   scaled_dot_product_attention restricted to that one
+    fa2, fa3, fa4  FlashAttention's packages flash_attn, flash_attn_interface, flash_attn.cute (CUDA, 16-bit)
+    triton         our kernels, which read two sources: a joint tensor goes in as two views, its rows come out in one copy
+A backend that cannot run is an error, never another backend. Where torch is told to use deterministic algorithms, so are all.
 
 Letters: B batch, T frames, J = S + N joint tokens, N text tokens, H heads, C head dim.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable
+from typing import Any
 
-from vchitect_fast.errors import unknown_name
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vchitect_fast.errors import UserError, unknown_name
+from vchitect_fast.kernels import ops
 from vchitect_fast.kernels.reference import cross_joint, rotary_tables, rotate, spatial_joint, temporal_joint
+from vchitect_fast.plan import ATTENTION_BACKENDS
 
 __all__ = ["cross_attention", "rotary_tables", "rotate", "spatial_attention", "temporal_attention"]
+
+SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+PACKAGES = {"fa2": "flash_attn", "fa3": "flash_attn_interface", "fa4": "flash_attn.cute"}
+FULL_TILE = 128  # rows: a joint tensor is cut in two so that only the second view has a part of a tile
 
 
 def spatial_attention(q_BTJHC: Tensor, k_BTJHC: Tensor, v_BTJHC: Tensor, *, backend: str = "sdpa") -> Tensor:
     """Full attention within each frame. Returns [B, T, J, H, C] in the dtype of q."""
-    return spatial_joint(q_BTJHC, k_BTJHC, v_BTJHC, math=_is_math(backend))
+    given = q_BTJHC, k_BTJHC, v_BTJHC
+    backend = _checked("spatial", backend)
+    if backend in PACKAGES:
+        return _flash_attention(backend, *(x.flatten(0, 1) for x in given)).view(q_BTJHC.shape)
+    if backend == "triton":
+        sources = _two_sources(given, _rest(q_BTJHC.shape[2]))
+        return torch.cat(ops.spatial_attention(*sources, impl="triton"), dim=2)
+    return _by_torch(backend, lambda math: spatial_joint(*given, math=math))
 
 
 def temporal_attention(
     q_BTJHC: Tensor, k_BTJHC: Tensor, v_BTJHC: Tensor, *, rope_scaling_factor: float = 1.0, backend: str = "sdpa"
 ) -> Tensor:
     """Attention over the frames at each position, rotary on q and k. Returns [B, T, J, H, C] in the dtype of q."""
-    return temporal_joint(q_BTJHC, k_BTJHC, v_BTJHC, rope_scaling_factor=rope_scaling_factor, math=_is_math(backend))
+    given = q_BTJHC, k_BTJHC, v_BTJHC
+    backend = _checked("temporal", backend)
+    if backend == "triton":
+        sources = _two_sources(given, _rest(q_BTJHC.shape[2]))
+        outs = ops.temporal_attention(*sources, rope_scaling_factor=rope_scaling_factor, impl="triton")
+        return torch.cat(outs, dim=2)
+    return temporal_joint(*given, rope_scaling_factor=rope_scaling_factor, math=backend == "math")
 
 
 def cross_attention(q_BTJHC: Tensor, k_BNHC: Tensor, v_BNHC: Tensor, *, backend: str = "sdpa") -> Tensor:
     """All tokens of a sample attend to its first frame's text. Returns [B, T, J, H, C] in the dtype of q."""
-    return cross_joint(q_BTJHC, k_BNHC, v_BNHC, math=_is_math(backend))
+    backend = _checked("cross", backend)
+    if backend in PACKAGES:
+        return _flash_attention(backend, q_BTJHC.flatten(1, 2), k_BNHC, v_BNHC).view(q_BTJHC.shape)
+    if backend == "triton":  # one frame of all rows, the last N of them for the text that the kernel expects
+        [visual], [text] = _two_sources((q_BTJHC.flatten(1, 2)[:, None],), k_BNHC.shape[1])
+        return torch.cat(ops.cross_attention(visual, text, k_BNHC, v_BNHC, impl="triton"), dim=2).view(q_BTJHC.shape)
+    return _by_torch(backend, lambda math: cross_joint(q_BTJHC, k_BNHC, v_BNHC, math=math))
 
 
-def _is_math(backend: str) -> bool:
-    if backend not in ("sdpa", "math"):
-        raise unknown_name("attention backend", backend, ("sdpa", "math"))
-    return backend == "math"
+def _checked(branch: str, backend: str) -> str:
+    if backend not in ATTENTION_BACKENDS[branch]:
+        raise unknown_name(f"attention backend of the {branch} branch", backend, ATTENTION_BACKENDS[branch])
+    return backend
+
+
+def _by_torch(backend: str, joint: Callable[[bool], Tensor]) -> Tensor:
+    """`joint` by the written-out softmax or by SDPA, restricted to one of its backends where one is named."""
+    if backend not in SDPA:
+        return joint(backend == "math")
+    try:
+        with sdpa_kernel(SDPA[backend]):
+            return joint(False)
+    except RuntimeError as error:
+        if not str(error).startswith(("No available kernel", "No viable backend")):
+            raise
+        raise UserError(
+            f"expected torch's SDPA to have {backend!r} for this device, dtype and head dim, it has not; "
+            "choose the attention backend sdpa, which takes what there is."
+        ) from None
+
+
+def _flash_attention(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(C)) v over [batch, length, H, C] by a FlashAttention package."""
+    if not _on_gpu(q) or q.dtype not in (torch.float16, torch.bfloat16):
+        kind = str(q.dtype).removeprefix("torch.")
+        raise UserError(
+            f"attention backend {backend!r} expects CUDA tensors in float16 or bfloat16, got {kind} on {q.device}; "
+            "choose sdpa, or bfloat16 on a GPU."
+        )
+    try:  # statements, which torch.compile follows
+        if backend == "fa2":
+            from flash_attn import flash_attn_func
+        elif backend == "fa3":
+            from flash_attn_interface import flash_attn_func
+        else:
+            from flash_attn.cute import flash_attn_func
+    except ImportError as error:
+        raise UserError(
+            f"attention backend {backend!r} needs the package {PACKAGES[backend]}, which does not import here ({error}); "
+            "`vchitect-fast doctor` says what is installed, sdpa needs nothing."
+        ) from None
+    out = flash_attn_func(q, k, v, deterministic=torch.are_deterministic_algorithms_enabled())
+    return out[0] if isinstance(out, tuple) else out  # fa4, and fa3 of some versions, return the log-sum-exp too
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def _rest(num_rows: int) -> int:
+    """Rows behind the last full tile, or the last tile where all are full; at most all but one."""
+    return min(num_rows % FULL_TILE or FULL_TILE, num_rows - 1)
+
+
+def _two_sources(given: tuple[Tensor, ...], num_last: int) -> tuple[Any, Any]:
+    """Views of all but the last `num_last` rows of each [B, T, J, H, C], and of those."""
+    cut = given[0].shape[2] - num_last
+    if cut < 1 or num_last < 1:
+        raise UserError(
+            f'attention backend "triton" reads rows of two sources, got {given[0].shape[2]} in all beside {num_last} of text; '
+            "choose sdpa for so few."
+        )
+    return tuple(x[:, :, :cut] for x in given), tuple(x[:, :, cut:] for x in given)

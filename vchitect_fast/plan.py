@@ -21,7 +21,9 @@ from vchitect_fast.shapes import VideoShape
 SCHEMA_VERSION = 1
 KEEP, RECOMPUTE, OFFLOAD = "keep", "recompute", "offload"
 ACTIONS = (KEEP, RECOMPUTE, OFFLOAD)
-BRANCHES = ("spatial", "temporal", "cross")
+_TORCH, _FLASH = ("sdpa", "math", "triton"), ("cudnn", "flash", "fa2", "fa3", "fa4")
+ATTENTION_BACKENDS = {"spatial": (*_TORCH, *_FLASH), "temporal": _TORCH, "cross": (*_TORCH, *_FLASH)}  # attention.py
+BRANCHES = tuple(ATTENTION_BACKENDS)
 PARKABLE = ("optimizer", "average")  # AdamW's moments, the EMA
 
 
@@ -155,6 +157,17 @@ class PlanEntry:
             raise UserError(
                 f"attention of the Plan's {self.shape} must name a backend for each of {', '.join(BRANCHES)}, "
                 f"got {self.attention!r}; plan it again with `vchitect-fast autotune`."
+            )
+        for branch, backend in self.attention.items():
+            if backend not in ATTENTION_BACKENDS[branch]:
+                raise unknown_name(
+                    f"attention backend of the {branch} branch", str(backend), ATTENTION_BACKENDS[branch]
+                )
+        grouped = any(policy != Policy.keep() and policy.branch_out != RECOMPUTE for policy in self.policy)
+        if grouped and "fa4" in self.attention.values():
+            raise UserError(
+                f"the Plan's {self.shape} keeps or offloads branch_out and its attention is fa4, which is no torch op, so "
+                "that its output cannot be saved by its group; recompute branch_out there, or choose another backend."
             )
 
     @property

@@ -30,7 +30,9 @@ from vchitect_fast.profiling.span import span
 
 GROUPS = ("block_input", "qkv", "branch_out", "mlp_pre", "stats")
 PRODUCTS = {"addmm", "mm", "bmm", "baddbmm", "convolution", "_scaled_mm"}
-ATTENTION = ("scaled_dot_product", "spatial_forward", "temporal_forward", "cross_forward")  # parts of names
+ATTENTION = (  # parts of names
+    "scaled_dot_product", "_flash_attn_forward", "spatial_forward", "temporal_forward", "cross_forward",
+)  # fmt: skip
 
 _SPANS = {name: span(f"forward/.{name}") for name in GROUPS}
 _scope = local()
