@@ -75,7 +75,7 @@ def optimizer_seconds(
     work: Workload, rates: Rates | DeclaredRates, dtype: str, *, ema: bool, num_shards: int = 1
 ) -> float:
     """AdamW over fp32 masters, norm and clipping; the copy to the compute dtype and the EMA where there is one."""
-    number = -(-work.config.num_parameters() // num_shards)
+    number = work.config.num_parameters(num_shards)
     moved = CLIP_BYTES + (EMA_BYTES if ema else 0) + (COPY_BYTES if dtype != "float32" else 0)
     return rates.elementwise("adamw", "float32", number).forward_s + number * moved / rates.memory_bytes_per_s
 

@@ -4,7 +4,7 @@
     gradients = fp32, a block's appear as its backward runs (with accumulation all are there from the second microbatch)
     saved     = Workload.saved_bytes_per_block of every kept block; of a recomputed one only its input; under given Policies
                 what offload.policy says is kept, and on a CPU the offload pool too, which is the same memory there
-    working   = gradients between the ops of the block in backward
+    working   = gradients between the ops of the block in backward; of a block in chunks all that is there of it
 
 Backward frees what a block saved while its gradients appear, so four kinds of moment compete: the end of forward, and in
 each block's backward the text MLP, the visual MLP and the end. Autograd runs the text stream first, it was recorded last.
@@ -33,6 +33,11 @@ MLP_WORKING = (
 MLP_SAVED = 10  # of a stream's MLP, freed when it is done: 4D twice, gated output, modulated input
 STREAM_WORKING = 2  # gradients of a block's output and of its inner residual, both streams
 BLOCK_END_WORKING = 4  # at the attention's projections: gradients of q, k, v summing into that of their input
+# Of a block in chunks, its input included: [rows, D] of visual and text at full length, and of the largest chunk. Full are the
+# input, the temporal outputs, the inner residual or its gradient, and gradients of inputs; counted by tests/autotune/test_chunks.py
+IN_CHUNKS = {"text MLP": (4, 5, 0, 16), "visual MLP": (5, 3, 16, 0), "attention": (5, 5, 16, 15)}
+IN_CHUNKS_LAST = {"visual MLP": (5, 1, 16, 0), "attention": (5, 2, 16, 12)}
+BY_POSITION = (4, 2, 14, 0)  # the temporal branch, whose chunks are of positions; its rotary is in fp32
 
 
 @dataclass(frozen=True)
@@ -74,24 +79,18 @@ def states_bytes(work: Workload, dtype: str, *, ema: bool = True, num_shards: in
 
     Of parameters in shards, the copy is that of the blocks that are gathered at once: one, and the next.
     """
-    config, number = work.config, work.config.num_parameters()
+    config, number = work.config, work.config.num_parameters(num_shards)
     grid = config.pos_embed_max_size**2 * config.hidden_dim * 4
     if num_shards > 1:
-        return -(-number // num_shards) * 4 * (3 + ema) + GATHERED * block_parameters(work) * DTYPE_BYTES[dtype] + grid
+        return number * 4 * (3 + ema) + GATHERED * config.num_block_parameters() * DTYPE_BYTES[dtype] + grid
     copy = number * DTYPE_BYTES[dtype] if dtype != "float32" else 0
     return number * 4 * (3 + ema) + copy + grid
 
 
 def parked_bytes(work: Workload, parked: Collection[str], *, num_shards: int = 1) -> dict[str, int]:
     """What lies in host memory between its uses, of one rank: AdamW's two fp32 moments, the fp32 average."""
-    shard = -(-work.config.num_parameters() // num_shards)
+    shard = work.config.num_parameters(num_shards)
     return {name: num_bytes * shard for name, num_bytes in PARKED_BYTES.items() if name in parked}
-
-
-def block_parameters(work: Workload, *, last: bool = False) -> int:
-    """Parameters of one block, as TransformerConfig.num_parameters counts them."""
-    d = work.config.hidden_dim
-    return (30 if last else 43) * d * d + (27 if last else 37) * d
 
 
 def ends_bytes(work: Workload, element_bytes: int) -> int:
@@ -150,23 +149,31 @@ def moments(
     element_bytes = DTYPE_BYTES[dtype]
     layers, d = work.config.num_layers, work.config.hidden_dim
     every_gradient = 4 * work.config.num_parameters()
-    whole_block = 4 * block_parameters(work) if num_shards > 1 else 0
+    whole_block = 4 * work.config.num_block_parameters() if num_shards > 1 else 0
     visual, text, joint = (element_bytes * d * rows for rows in (work.visual_rows, work.text_rows, work.rows))
     process = 0 if device.kind == "cuda" else device.process_bytes or 0
     states = states_bytes(work, dtype, ema=ema, num_shards=num_shards)
 
     def moment(phase: str, block: int | None, gradients_bytes: int, saved_bytes: int, working_bytes: int) -> Moment:
-        gradients = every_gradient if accumulation > 1 else gradients_bytes // num_shards + whole_block
+        gradients = every_gradient if accumulation > 1 else gradients_bytes + whole_block
         return Moment(phase, block, StepMemory(process, states, gradients, saved_bytes, working_bytes, exchange_bytes))
 
     ends = ends_bytes(work, element_bytes)  # there until the first block's backward begins; the pool all the time
     found = [moment("end of forward", None, 0, sum(held) + ends + pool_bytes, 0)]
+    gradients_of = [4 * work.config.num_block_parameters(last=last, num_shards=num_shards) for last in (False, True)]
     done = 0  # gradients of the blocks already passed
     before = sum(held) + pool_bytes
     for index in reversed(range(layers)):
         last = index == layers - 1
-        own, mlp = 4 * block_parameters(work, last=last), 0 if last else 4 * 8 * d * d
+        own = gradients_of[last]
+        mlp = 0 if last or num_shards > 1 else 4 * 8 * d * d  # in shards, a part of the whole block
         before -= held[index]
+        if work.num_chunks > 1:
+            for phase, working in _in_chunks(work, element_bytes, last).items():
+                gradients = done + (own if phase == "attention" else mlp if phase == "visual MLP" else 0)
+                found.append(moment(phase, index, gradients, before, working))
+            done += own
+            continue
         again = whole[index] - held[index]
         if not last:
             working = again + MLP_WORKING * text + STREAM_WORKING * joint
@@ -178,3 +185,20 @@ def moments(
         found.append(moment("attention", index, done + own, rest, BLOCK_END_WORKING * joint))
         done += own
     return found
+
+
+def _in_chunks(work: Workload, element_bytes: int, last: bool) -> dict[str, int]:
+    """Bytes that are there in the backward of one block in chunks, by moment."""
+    size, k = element_bytes * work.config.hidden_dim, work.num_chunks
+    tokens = work.shape.tokens_per_frame(work.config.patch_size)
+
+    def total(numbers: tuple[int, int, int, int], length: int) -> int:
+        share = -(-length // k) / length  # of the largest chunk
+        visual, text = (
+            rows * (whole + share * chunk)
+            for rows, whole, chunk in zip((work.visual_rows, work.text_rows), numbers[:2], numbers[2:], strict=True)
+        )
+        return int(size * (visual + text))
+
+    found = {n: total(numbers, work.num_frames) for n, numbers in (IN_CHUNKS_LAST if last else IN_CHUNKS).items()}
+    return found | {"attention": max(found["attention"], total(BY_POSITION, tokens))}

@@ -21,7 +21,7 @@ from vchitect_fast.autotune.codec import encode_flops
 from vchitect_fast.autotune.collectives import Group, collective_seconds
 from vchitect_fast.autotune.cost import StepCost, accumulation_seconds, ends_seconds, optimizer_seconds
 from vchitect_fast.autotune.layout import Layout, Problem
-from vchitect_fast.autotune.memory import GIB, Moment, StepMemory, block_parameters, moments, parked_bytes, whole_bytes
+from vchitect_fast.autotune.memory import GIB, Moment, StepMemory, moments, parked_bytes, whole_bytes
 from vchitect_fast.autotune.rates import Seconds, rates_of
 from vchitect_fast.autotune.streams import Contention, Timeline, simulate
 from vchitect_fast.autotune.tasks import Microbatch, Prices
@@ -219,7 +219,7 @@ class StepModel:
                 group(layout) for group in (self.problem.sp_group, self.problem.shard_group, self.problem.replica_group)
             )
             layers = self.config.num_layers
-            sizes = [block_parameters(work, last=i == layers - 1) for i in range(layers)]
+            sizes = [self.config.num_block_parameters(last=i == layers - 1) for i in range(layers)]
             rest = self.config.num_parameters() - sum(sizes)
             parts, ends = self._block_parts(layout)
             prices = Prices(
@@ -316,10 +316,10 @@ class StepModel:
         """The same without parked states, and one moment more: the update, for which each part comes back by itself."""
         away = sum(parked.values())
         gone = [(t, replace(m, memory=replace(m.memory, states_bytes=m.memory.states_bytes - away))) for t, m in points]
-        whole = 4 * self.config.num_parameters()
+        gradients = 4 * self.config.num_parameters(layout.num_shards)
         states = gone[-1][1].memory.states_bytes + max(parked.values())
         update = replace(
-            gone[-1][1].memory, states_bytes=states, gradients_bytes=whole // layout.num_shards, saved_bytes=0,
+            gone[-1][1].memory, states_bytes=states, gradients_bytes=gradients, saved_bytes=0,
             working_bytes=0, exchange_bytes=0, in_flight_bytes=0,
         )  # fmt: skip
         return [*gone, (line.total_s, Moment("update", None, update))]

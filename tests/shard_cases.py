@@ -26,8 +26,9 @@ from vchitect_fast.offload.hooks import Saving
 from vchitect_fast.offload.policy import offloads
 from vchitect_fast.optimizer import MasterAdamW
 from vchitect_fast.parallel.mesh import CPU, Mesh, make_mesh
-from vchitect_fast.parallel.shard import reduce_gradients, shard, shard_frozen
-from vchitect_fast.plan import Policy
+from vchitect_fast.parallel.shard import local_shard, reduce_gradients, shard, shard_frozen
+from vchitect_fast.plan import Plan, Policy
+from vchitect_fast.train import park
 
 STEPS, RATES, CLIP = 3, (1e-2, 5e-3, 2e-3), 0.05
 NAMES = ("dp_replicate", "dp_shard", "sp")
@@ -174,6 +175,23 @@ def average_standing_in() -> dict[str, Any]:
         alone = float(own_loss(twin, inputs, mesh))
     restored = all(torch.equal(full(tensor), before[name]) for name, tensor in optimizer.masters.items())
     return {"outside": outside, "inside": inside, "average_alone": alone, "restored": restored}
+
+
+def bytes_held(num_shards: int) -> dict[str, int]:
+    """By part, what lies on this rank after a backward, and what of it is parked before the update; scalars left out."""
+    mesh = make_mesh(sizes(1, num_shards, 1), "global", CPU)
+    model = make_model()
+    shard(model, list(model.transformer_blocks), mesh)
+    optimizer = MasterAdamW(model, weight_decay=0.1, betas=(0.9, 0.95))
+    ema = EMA(optimizer.masters, 0.5)
+    own_loss(model, microbatch(0, 0, 1, torch.float32), mesh).backward()
+    moments = {name: tensor for name, tensor in optimizer.state().items() if not name.startswith("step.")}
+    gradients = {name: master.grad for name, master in optimizer.masters.items() if master.grad is not None}
+    parts = {"masters": optimizer.masters, "optimizer": moments, "average": ema.average, "gradients": gradients}
+    found = {part: sum(local_shard(x).nbytes for x in tensors.values()) for part, tensors in parts.items()}
+    plan = Plan("", "", "", "float32", 4, (), parked=("optimizer", "average"))
+    parked = park(plan, optimizer, ema, torch.device("cpu")).parked_bytes()
+    return found | {f"parked {name}": num_bytes for name, num_bytes in parked.items()}
 
 
 class Encoder(nn.Module):

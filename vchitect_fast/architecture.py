@@ -91,16 +91,23 @@ class TransformerConfig:
         num_shards  ranks over which dim 0 of each is cut (FSDP2); those of the first rank, which has most
         """
         d, patch = self.hidden_dim, self.patch_size**2 * self.in_channels
-        mlp = [(4 * d, d), (d, 4 * d)]
-        block = [(d, d)] * 15 + [(6 * d, d)] * 2 + mlp * 2  # (out, in): attention, modulation, feed-forward
-        last = [(d, d)] * 14 + [(6 * d, d), (2 * d, d)] + mlp  # no to_add_out, no ff_context, 2D modulation
         embed = [(d, patch), (d, 256), (d, self.pooled_projection_dim), (d, self.joint_attention_dim)] + [(d, d)] * 2
-        once = last + embed + [(2 * d, d), (patch, d)]
+        number = _number([*embed, (2 * d, d), (patch, d)], num_shards)
+        number += (self.num_layers - 1) * self.num_block_parameters(num_shards=num_shards)
+        return number + self.num_block_parameters(last=True, num_shards=num_shards)
 
-        def number(linears: list[tuple[int, int]]) -> int:
-            return sum([-(-rows // num_shards) * (columns + 1) for rows, columns in linears])
+    def num_block_parameters(self, *, last: bool = False, num_shards: int = 1) -> int:
+        """Those of one block, counted as `num_parameters` does."""
+        d = self.hidden_dim
+        mlp = [(4 * d, d), (d, 4 * d)]
+        if last:  # no to_add_out, no ff_context, 2D modulation
+            return _number([(d, d)] * 14 + [(6 * d, d), (2 * d, d)] + mlp, num_shards)
+        return _number([(d, d)] * 15 + [(6 * d, d)] * 2 + mlp * 2, num_shards)  # attention, modulation, feed-forward
 
-        return (self.num_layers - 1) * number(block) + number(once)
+
+def _number(linears: list[tuple[int, int]], num_shards: int) -> int:
+    """Weights and biases of linear layers (out, in) on the first rank."""
+    return sum([-(-rows // num_shards) * (columns + 1) for rows, columns in linears])
 
 
 # sample_size and pos_embed_max_size of the 2B preset are SD3-medium's, from which it is initialised.

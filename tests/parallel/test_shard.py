@@ -12,10 +12,11 @@ import pytest
 import shard_cases
 import torch
 from close import assert_close_to_exact
-from offloading import ALL, INPUT
+from offloading import ALL, INPUT, NANO, work_of
 from ranks import ranks
 from torch import Tensor, nn
 
+from vchitect_fast.autotune.memory import GATHERED, parked_bytes, states_bytes
 from vchitect_fast.errors import UserError
 from vchitect_fast.optimizer import MasterAdamW
 from vchitect_fast.parallel.mesh import ALONE
@@ -113,6 +114,24 @@ def test_parameters_are_on_their_way_before_their_block_starts(
     own gather, so that what is counted then was fetched ahead; FSDP2 itself fetches one there."""
     for found in ranks(2).run("shard_cases:gathers_so_far", prefetch):
         assert found == forward + backward
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_the_planner_counts_the_first_ranks_bytes(num_shards: int) -> None:
+    """No rank holds more; no size of the model is a multiple of 3."""
+    found = ranks(num_shards).run("shard_cases:bytes_held", num_shards)
+    most = {part: max(rank[part] for rank in found) for part in found[0]}
+    assert most == found[0]
+    work = work_of("3x32x32", batch=1)
+    parked = parked_bytes(work, ("optimizer", "average"), num_shards=num_shards)
+    assert parked == {name: most[name] for name in parked} == {name: most[f"parked {name}"] for name in parked}
+    beside = GATHERED * 4 * NANO.num_block_parameters() if num_shards > 1 else 0
+    beside += NANO.pos_embed_max_size**2 * NANO.hidden_dim * 4
+    states = states_bytes(work, "float32", num_shards=num_shards)
+    assert states - beside == most["masters"] + most["optimizer"] + most["average"]
+    d = NANO.hidden_dim  # the last block's to_add_out_temporal gets no gradient; the planner counts it
+    without = 4 * -(-d // num_shards) * (d + 1)
+    assert most["gradients"] + without == most["masters"] == 4 * NANO.num_parameters(num_shards)
 
 
 def test_the_average_stands_in_for_sharded_masters_and_leaves() -> None:
