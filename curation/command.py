@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -74,6 +75,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ray-address", metavar="ADDRESS", help="cluster to join, for --engine ray (default: one on this machine)"
     )
     parser.add_argument("--retry", action="store_true", help="try again what earlier runs put into quarantine")
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="DIR",
+        help="record what the workers do, for `profile analyse DIR` (default: off)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.epilog = EPILOG
 
@@ -97,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--out is a folder, got {args.out}; the manifest will be {args.out.stem}/manifest.parquet.")
     paths = find_videos(args.videos)
     settings.check()
-    progress, engine = Progress(quiet=args.json), _engine(args)
+    progress, engine = Progress(quiet=args.json), _recorded(_engine(args), args.profile)
     with closing(engine), Store(args.out) as store:
         found = Pipeline(store, settings, engine, progress, retry=args.retry).run(paths)
         wall_s = time.perf_counter() - began
@@ -109,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
         from vchitect_fast.curation.console import print_summary
 
         print_summary(args.out, summary, found.quarantine)
+        if args.profile:
+            print(f"traces   {args.profile}  (vchitect-fast profile analyse {args.profile} --report FILE)")
     return 0 if summary.num_kept else 1
 
 
@@ -124,6 +133,13 @@ def _engine(args: argparse.Namespace) -> Engine:
     from vchitect_fast.curation.engines.local import LocalEngine
 
     return LocalEngine(args.jobs)
+
+
+def _recorded(engine: Engine, folder: Path | None) -> Engine:
+    """The engine itself unless somebody wants its spans: the user, or Nsight Systems around this process."""
+    from vchitect_fast.curation.engines.recorded import UNDER_NSYS, RecordedEngine
+
+    return RecordedEngine(engine, folder) if folder or UNDER_NSYS in os.environ else engine
 
 
 def _report(words: list[str]) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from vchitect_fast.curation.stage import ClipSpan, Want
+from vchitect_fast.profiling.span import span as stretch  # a span is a ClipSpan here
 
 LISTS = {"concat", "dash", "hls", "imf"}  # of other files: their bytes say nothing about the frames
 OPEN_BYTES = 5 << 28  # 1.25 GiB: what one open video may take; a worker's own 0.1 GiB keeps it under 1.5 GiB
@@ -86,6 +87,7 @@ def open_url(url: str) -> Iterator[Any]:
         yield file
 
 
+@stretch("data/decode")
 def clip_frames(span: ClipSpan, wants: Sequence[Want]) -> list[np.ndarray]:
     """The frame of each want, uint8 RGB [H,W,3]; one array serves equal wants. Raises BadVideo."""
     import av
@@ -180,11 +182,15 @@ def ahead(items: Iterator[Any], num: int = 2) -> Iterator[Iterator[Any]]:
 
     def draw() -> None:
         try:
-            for item in items:
+            while True:
+                with stretch("data/decode"):
+                    item = next(items, None)
+                if item is None:
+                    waiting.put(("end", None))
+                    return
                 waiting.put(("item", item))
                 if left.is_set():
                     return
-            waiting.put(("end", None))
         except BaseException as error:
             waiting.put(("error", error))
 

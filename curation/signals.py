@@ -27,6 +27,7 @@ import numpy as np
 from vchitect_fast.curation.frames import BadVideo, ahead, frames_from, open_video, reason
 from vchitect_fast.curation.motion_rule import TOP_SHARE
 from vchitect_fast.curation.probe import Source
+from vchitect_fast.profiling.span import span
 
 THUMB = 128  # short side in pixels
 LAYOUT = 8  # cells a side
@@ -105,7 +106,7 @@ def scan(
     cv2.setNumThreads(1)  # one process a core; OpenCV's own threads would fight over them
     quarter = 0.25 / source.fps  # chunk times come from packets, frame times from frames
     begin, stop = source.chunks[chunk] - quarter, (*source.chunks, np.inf)[chunk + 1] - quarter
-    helper = ThreadPoolExecutor(1)
+    helper = ThreadPoolExecutor(1, thread_name_prefix="flow")
     view = _View(source, helper)
     start, end = view.before(begin), stop
     if transnet:
@@ -127,12 +128,13 @@ def scan(
                 if last is not None:  # a frame shown long enough to lie before `start` is still the one to compare with
                     view.compare_with(last)
                     last = None
-                thumb = view.thumb(frame)
+                with span("curate/signals"):
+                    thumb = view.thumb(frame)
+                    row = view.row(time, frame, thumb) if time < stop else ()
                 if transnet:
                     transnet.push(cv2.resize(thumb, (48, 27), interpolation=cv2.INTER_AREA))
                     inside.append(begin <= time < stop)
-                if time < stop:
-                    row = view.row(time, frame, thumb)
+                if row:
                     if time >= begin:
                         rows.append(row)
                         on_frame()
@@ -257,11 +259,13 @@ class _View:
             return
         self._sampled = (slot, grey)
         if self._latest is not None:
-            self._latest.result()  # one at a time: what waits holds pictures
+            with span("curate/wait"):
+                self._latest.result()  # one at a time: what waits holds pictures
         follows = before is not None and slot == before[0] + 1 and before[1].shape == grey.shape
         self._flowing = self._helper.submit(self._flow_between, before[1], grey) if follows and before else None
         self._latest = self._flowing
 
+    @span("curate/flow")
     def _flow_between(self, before: np.ndarray, grey: np.ndarray) -> tuple[float, float, float]:
         """(top-5 % magnitude, median x, median y)."""
         import cv2

@@ -27,6 +27,7 @@ from vchitect_fast.curation.shots import ShotSettings, find_shots
 from vchitect_fast.curation.signals import Signals, scan, whole
 from vchitect_fast.curation.stage import ClipSpan, Sample, Scores, Stage
 from vchitect_fast.curation.stitch import StitchSettings, cut_long, embedding_of, spans_of, stitch
+from vchitect_fast.profiling.span import span as stretch  # a span is a ClipSpan here
 
 FRAME_BYTES = 256 << 20  # of decoded frames that one batch of clips may hold
 
@@ -46,7 +47,7 @@ class ProbeTask:
                 raise BadVideo("it is no file but a folder, a pipe or a device")
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise BadVideo(f"cannot read the file ({getattr(error, 'strerror', None) or error})") from None
-        with bounded_memory():
+        with bounded_memory(), stretch("curate/probe"):
             return stamp, probe(self.path)
 
     def split(self) -> list[Any]:
@@ -100,12 +101,19 @@ class ClipTask:
     def run(self) -> Clips:
         """Raises BadVideo when too few frames decoded."""
         signals = whole(self.source, [Signals.from_bytes(part) for part in self.signals])
-        shots = find_shots(signals, self.source.fps, self.shots)
-        embed, num_frames = embedding_of(self.source, signals, self.stitching)
-        events = cut_long(stitch(shots, embed, num_frames, self.stitching), signals.time, self.stitching.max_seconds)
+        with stretch("curate/shots"):
+            shots = find_shots(signals, self.source.fps, self.shots)
+        with stretch("curate/stitch"):
+            embed, num_frames = embedding_of(self.source, signals, self.stitching)
+            events = cut_long(
+                stitch(shots, embed, num_frames, self.stitching), signals.time, self.stitching.max_seconds
+            )
         spans = spans_of(self.source, events)
         samples = [Sample(span, [], {}, signals[span.first : span.last + 1]) for span in spans]
-        scores = {stage.name: stage.score(samples) for stage in self.stages}
+        scores = {}
+        for stage in self.stages:
+            with stretch(f"curate/{stage.name}"):
+                scores[stage.name] = stage.score(samples)
         return Clips(spans, [e.num_shots for e in events], [e.similarity for e in events], scores)
 
     def split(self) -> list[Any]:
@@ -151,7 +159,9 @@ class JudgeTask:
                 Sample(span, frames[span.id][stage.name], {n: {**self.known[span.id], **new[span.id]}.get(n, {}) for n in stage.reads})
                 for span in todo
             ]  # fmt: skip
-            for span, result in zip(todo, stage.results(samples) if samples else [], strict=True):
+            with stretch(f"curate/{stage.name}"):
+                results = stage.results(samples) if samples else []
+            for span, result in zip(todo, results, strict=True):
                 if isinstance(result, Exception):
                     failed[span.id] = f"{type(result).__name__}: {result}"
                 else:

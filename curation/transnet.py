@@ -19,6 +19,7 @@ import numpy as np
 from vchitect_fast.curation.clip_model import pick_device
 from vchitect_fast.curation.stage import weights_hash
 from vchitect_fast.errors import UserError
+from vchitect_fast.profiling.span import span
 
 HEIGHT, WIDTH = 27, 48
 WINDOW, STEP, CONTEXT = 100, 50, 25  # frames; CONTEXT on both sides of the STEP that count
@@ -59,6 +60,7 @@ class TransNet:
         self._held, self._found, self._num_frames = [], [], 0
         return found
 
+    @span("curate/transnet")
     def _predict(self) -> None:
         import torch
 

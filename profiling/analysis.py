@@ -43,9 +43,9 @@ def _analyse_rank(trace: Trace, roof: Roof | None) -> RankAnalysis:
         rank=trace.rank,
         source=trace.source,
         tool=trace.tool,
-        on_device=trace.has_device,
+        on_device=None if trace.spans_only else trace.has_device,
         steps=steps,
-        ops=op_times(trace, work, steps, roof),
+        ops=() if trace.spans_only else op_times(trace, work, steps, roof),
         notes=tuple(_notes(trace, steps)),
     )
 
@@ -55,6 +55,10 @@ def _notes(trace: Trace, steps: tuple[StepAnalysis, ...]) -> list[str]:
     notes = []
     if not steps:
         return [f"{trace.source} has neither kernels nor ops: nothing is known of the device's time."]
+    if trace.spans_only:
+        return [
+            "Spans alone were recorded, no ops: time in a span counts as compute, time outside of all of them as idle."
+        ]
     numbered = any(step_number(trace.names[name]) is not None for name in trace.name[trace.where(Kind.SPAN)])
     if not numbered:
         notes.append(

@@ -111,7 +111,7 @@ class RankAnalysis:
     rank: int | None
     source: str
     tool: str  # "torch" | "nsys"
-    on_device: bool  # False: CPU only, its threads are the device and its ops the kernels
+    on_device: bool | None  # False: the CPU's threads are the device and its ops the kernels; None: spans alone, no ops
     steps: tuple[StepAnalysis, ...]
     ops: tuple[OpTime, ...]  # longest device_us first, at most 200
     notes: tuple[str, ...]  # what could not be said of this trace, and why

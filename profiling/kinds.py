@@ -7,6 +7,7 @@ A span's name is "kind/what": forward/spatial, copy_out/offload, step/12.
 KINDS: dict[str, int] = {
     "step": 0x868E96,
     "data": 0xF08C00,
+    "curate": 0x15AABF,
     "encode": 0xFCC419,
     "forward": 0x339AF0,
     "recompute": 0x9775FA,

@@ -54,7 +54,7 @@ def write_report(
         "<h2>What to do first</h2>", _findings(analysis),
         *_steps(first, traces[0]),
         "<h2>By span</h2>", *_spans(first),
-        "<h2>By class of kernel</h2>", *_classes(first),
+        *(_classes(first) if first.on_device is not None else ()),
         *_ops(analysis),
         *_memory(memories[0] if memories else None),
         *_ranks(analysis),
@@ -89,6 +89,8 @@ def span_rows(rank: RankAnalysis) -> list[SpanRow]:
 
 def _lead(rank: RankAnalysis, num_ranks: int) -> str:
     many = f"{num_ranks} ranks; shown is the first. " if num_ranks > 1 else ""
+    if rank.on_device is None:
+        return f"{many}{text(rank.source)}: spans alone were recorded, no ops, so they stand for the work that was done in them."
     device = "" if rank.on_device else " It ran without a GPU: the CPU is the device, and its ops are the kernels."
     tool = {"torch": "torch.profiler", "nsys": "Nsight Systems"}.get(rank.tool, rank.tool)
     steps = f"{len(rank.steps)} step{'' if len(rank.steps) == 1 else 's'}"
@@ -107,7 +109,8 @@ def _facts(rank: RankAnalysis, memory: MemoryAnalysis | None) -> dict[str, str]:
         facts["of it compute"] = _percent(share["compute_us"])
         facts["copies and collectives not hidden"] = _percent(share["exposed_any_us"])
         facts["device idle"] = _percent(share["idle_us"])
-        facts["of the step lies in spans"] = _percent(median(step.coverage for step in steps), 1)
+        if rank.on_device is not None:  # else the part beside compute
+            facts["of the step lies in spans"] = _percent(median(step.coverage for step in steps), 1)
     if memory:
         facts["peak memory that torch holds"] = _bytes(memory.peak_bytes)
     return facts
@@ -194,6 +197,7 @@ def _spans(rank: RankAnalysis) -> Iterable[str]:
 
 
 def _classes(rank: RankAnalysis) -> Iterable[str]:
+    yield "<h2>By class of kernel</h2>"
     if not rank.steps:
         return
     wall = median(step.wall_us for step in rank.steps) or 1.0

@@ -95,6 +95,11 @@ class Trace:
         """Whether anything ran on a GPU; without, the CPU's threads are the device and its ops the kernels."""
         return bool(np.isin(self.kind, ON_DEVICE).any())
 
+    @property
+    def spans_only(self) -> bool:
+        """Whether neither kernels nor ops were recorded, as of curation's workers: spans then stand for the work in them."""
+        return not (self.has_device or bool((self.kind == Kind.OP).any()))
+
     def where(self, *kinds: Kind) -> np.ndarray:
         """int64 indices of the events of these kinds, in the order of time."""
         return np.flatnonzero(np.isin(self.kind, kinds))

@@ -3,7 +3,8 @@
 On a GPU a piece is a kernel, a copy or a memory set, and leads back over its correlation to the call that launched it: the
 innermost op and span open in that thread at that moment are its own. In a trace without a GPU the threads are the device
 and a piece is what an op does itself, without the ops inside it; time in a span of a collective or a copy that no op
-explains counts as that (a thread that waits for gloo).
+explains counts as that (a thread that waits for gloo). Where no op at all was recorded (curation's workers, NVTX ranges
+alone), spans of our kinds stand for the work that was done in them.
 
 Spans of backward: autograd runs a node outside the forward's span, but node and forward op share a sequence number, so work
 of a node whose op ran in forward/spatial is named backward/spatial. Work launched in a thread without spans belongs to the
@@ -16,9 +17,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vchitect_fast.profiling.facts import CLASSES, COLLECTIVE, COPY, NO_SPAN, STREAMS
+from vchitect_fast.profiling.facts import CLASSES, COLLECTIVE, COPY, NO_SPAN, OTHER, STREAMS
 from vchitect_fast.profiling.kernel_class import class_of
-from vchitect_fast.profiling.kinds import kind_of
+from vchitect_fast.profiling.kinds import KINDS, kind_of
 from vchitect_fast.profiling.nesting import Innermost, innermost
 from vchitect_fast.profiling.trace import ON_DEVICE, Kind, Trace
 
@@ -103,7 +104,10 @@ def _first_with(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 def _own_time(trace: Trace, is_span: np.ndarray, threads: _Threads) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(start, end, event) of what each op, or span that stands for work, does itself; cut where a span begins or ends."""
-    stands = np.array([kind_of(name) in ("collective", "copy_out", "copy_in") for name in trace.names], dtype=bool)
+    kinds = {"collective", "copy_out", "copy_in"}
+    if trace.spans_only:
+        kinds = KINDS.keys() - {"step"}
+    stands = np.array([kind_of(name) in kinds for name in trace.names], dtype=bool)
     works = (trace.kind == Kind.OP) | ((trace.kind == Kind.SPAN) & (~is_span | stands[trace.name]))
     parts = [(np.empty(0), np.empty(0), np.empty(0, dtype=np.int64))]
     for lane in np.unique(trace.lane[works]).tolist():
@@ -223,6 +227,8 @@ def _classes(
         moves = {"copy_out": COPY_OUT, "copy_in": COPY_IN}
         way = np.array([moves.get(kind_of(name), COPY_WITHIN) for name in span_names])[span]
         copies = (way != COPY_WITHIN) & (classes != CLASSES.index(COLLECTIVE))
+        ours = (trace.kind[event] == Kind.SPAN) & (classes != CLASSES.index(COLLECTIVE))
+        classes[ours] = CLASSES.index(OTHER)  # a span's name is no kernel's
     classes[copies] = CLASSES.index(COPY)
     talks = np.where(classes == CLASSES.index(COLLECTIVE), STREAMS.index("collective"), -1)
     return classes, np.where(copies, way, talks).astype(np.int8)

@@ -21,7 +21,8 @@ QUICK = ["--set", "text=off", "--jobs", "1"]
 @pytest.fixture(scope="module")
 def curated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("curated") / "set"
-    assert main(["curate", str(bikes()), "--out", str(out), "--caption", "bikes in a city", *QUICK]) == 0
+    words = ["--caption", "bikes in a city", "--profile", str(out.with_name("traces")), *QUICK]
+    assert main(["curate", str(bikes()), "--out", str(out), *words]) == 0
     return out
 
 
@@ -54,6 +55,15 @@ def test_it_prints_the_funnel_and_where_things_are(tmp_path: Path, capsys: pytes
         assert text in printed, text
     assert (out / "report.html").is_file()
     assert json.loads((out / "runs.jsonl").read_text())["num_kept"] == 5
+
+
+def test_the_profile_says_where_the_worker_was(curated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", "analyse", str(curated.with_name("traces")), "--json"]) == 0
+    [rank] = json.loads(capsys.readouterr().out)["ranks"]
+    [step] = rank["steps"]
+    calls = {span["name"]: span["num_calls"] for span in step["by_span"]}
+    assert calls["curate/signals"] == 250 and calls["curate/aesthetic_proxy"] == 1
+    assert calls["data/decode"] == 250 + 1 + 5  # frames, the end of the file, clips that are judged
 
 
 def test_again_decodes_nothing_and_says_the_same(curated: Path, capsys: pytest.CaptureFixture[str]) -> None:

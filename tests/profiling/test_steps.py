@@ -187,6 +187,22 @@ def test_without_a_gpu_the_ops_own_time_is_the_work(tmp_path: Path) -> None:
     assert step.idle_by_cause_us == {"data": 0, "launching": 0, "synchronizing": 0, "elsewhere": us(40)}
 
 
+def test_where_spans_alone_were_recorded_they_stand_for_the_work(tmp_path: Path) -> None:
+    events = [
+        span("curate/signals", 0, 40), span("curate/wait", 30, 10), span("curate/scan", 70, 30), span("not ours", 50, 10),
+        span("data/decode", 20, 40, tid=2), span("collective/grads", 110, 10), span("copy_in/wait", 125, 5),
+    ]  # fmt: skip
+    [step] = steps(tmp_path, events)
+    assert (step.wall_us, step.compute_us, step.exposed_any_us) == (us(130), us(60 + 30), us(10 + 5))
+    assert step.idle_us == us(10 + 10 + 5)
+    assert {one.name: one.device_us for one in step.by_span if one.device_us} == {
+        "curate/signals": us(30), "curate/wait": us(10), "curate/scan": us(30), "data/decode": us(40),
+        "collective/grads": us(10), "copy_in/wait": us(5),
+    }  # fmt: skip
+    # No name of a span is a kernel's: "scan" is a mark of elementwise kernels.
+    assert {name for name, time in step.by_class_us.items() if time} == {"other", COLLECTIVE, COPY, IDLE}
+
+
 def test_recomputation_keeps_its_own_span_inside_backward(tmp_path: Path) -> None:
     events = [
         span("step/0", 0, 100), span("forward/spatial", 0, 20), op("aten::mm", 5, 10, **seq(4)),
