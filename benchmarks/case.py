@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +131,11 @@ class Case:
         """FLOPs or bytes of a direction."""
         forward, backward = self.work(self.sizes, self.dtype.itemsize)
         return {FORWARD: forward, BACKWARD: backward}.get(direction, forward + backward)
+
+    def without_compile(self, why: str) -> Case:
+        """The same with torch.compile's providers unavailable."""
+        providers = tuple(replace(p, unavailable=p.unavailable or why) if p.compiled else p for p in self.providers)
+        return replace(self, providers=providers)
 
     def joined(self, problem: Problem) -> Problem:
         """The problem as joint providers get it."""

@@ -43,7 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("files", nargs="*", metavar="FILE", help="with compare: Records before and after (JSON lines)")
     parser.add_argument(
-        "--filter", default="", metavar="TEXT", help="only benches whose name and shape contain it, e.g. 'cross 40x'"
+        "--filter",
+        default="",
+        metavar="TEXT",
+        help="only benches whose name and shape contain it, e.g. 'cross 40x', or one of several, 'cross|spatial'",
     )
     parser.add_argument(
         "--out", metavar="FILE", help="where Records are appended (default: benchmarks/results/DEVICE.jsonl)"
@@ -52,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="one shape on a GPU, no torch.compile on a CPU, fewer rounds"
     )
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which compiles every shape")
     parser.add_argument(
         "--threshold",
         type=float,
@@ -100,7 +104,7 @@ def _measure(args: argparse.Namespace) -> int:
     from vchitect_fast.benchmarks.suite import Absent, Run
     from vchitect_fast.benchmarks.timing import Clock, ceilings
 
-    steps = _steps(args.filter, args.quick)
+    steps = _steps(args.filter, args.quick, args.no_compile)
     clock = Clock(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     shared = origin(_command(args))
@@ -126,14 +130,17 @@ def _measure(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _steps(text: str, quick: bool) -> list[Any]:
+def _steps(text: str, quick: bool, no_compile: bool) -> list[Any]:
     """The cases and host benches that match; UserError listing the names when none does."""
     from vchitect_fast.benchmarks.cases import all_cases
     from vchitect_fast.benchmarks.host import host_benches
 
-    names: dict[str, Any] = {f"{case.bench} {case.shape}": case for case in all_cases(quick=quick)}
+    cases = all_cases(quick=quick)
+    if no_compile:
+        cases = [case.without_compile("left out by --no-compile") for case in cases]
+    names: dict[str, Any] = {f"{case.bench} {case.shape}": case for case in cases}
     names |= {f"{bench.name} {bench.shape} {bench.direction}": bench for bench in host_benches()}
-    chosen = [step for name, step in names.items() if text in name]
+    chosen = [step for name, step in names.items() if any(part in name for part in text.split("|"))]
     if not chosen:
         raise UserError(f"no bench contains {text!r}; there are: {', '.join(names)}.")
     return chosen
@@ -164,6 +171,7 @@ def _command(args: argparse.Namespace) -> str:
     parts = ["vchitect-fast bench"]
     parts += [f"--filter '{args.filter}'"] if args.filter else []
     parts += ["--quick"] if args.quick else []
+    parts += ["--no-compile"] if args.no_compile else []
     return " ".join(parts)
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vchitect_fast.benchmarks.case import is_interpreted, is_ours
-from vchitect_fast.benchmarks.goals import PASS, SHORT, Verdict, best, shown
+from vchitect_fast.benchmarks.goals import PASS, PASS_THERE, SHORT, Verdict, best, shown
 from vchitect_fast.benchmarks.record import Record
 from vchitect_fast.benchmarks.suite import Absent, Outcome
 
@@ -31,7 +31,7 @@ COLUMNS = (
     "goal",
 )
 LEFT = {"shape", "direction", "provider", "goal"}
-STYLES = {PASS: "green", SHORT: "red"}
+STYLES = {PASS: "green", PASS_THERE: "green", SHORT: "red"}
 
 
 def render(outcomes: Sequence[Outcome], verdicts: Sequence[Verdict]) -> RenderableType:
@@ -127,7 +127,7 @@ def goal_table(verdicts: Sequence[Verdict]) -> RenderableType:
 
 def goal_counts(verdicts: Sequence[Verdict]) -> str:
     """How many passed, fell short and were not measured."""
-    passed, short = (sum(verdict.text == text for verdict in verdicts) for text in (PASS, SHORT))
+    passed, short = (sum(verdict.text in texts for verdict in verdicts) for texts in ((PASS, PASS_THERE), (SHORT,)))
     return f"{passed} pass, {short} fall short, {len(verdicts) - passed - short} not measured"
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from made_up_record import record
 
-from vchitect_fast.benchmarks import figures
+from vchitect_fast.benchmarks import figures, goals, model_steps
 from vchitect_fast.benchmarks.cases import ATTENTION_SHAPES, BLOCK_SHAPES
-from vchitect_fast.benchmarks.goals import GOALS, PASS, SHORT, Goal, judge
+from vchitect_fast.benchmarks.goals import GOALS, PASS, PASS_THERE, SHORT, STEP, Goal, judge
 from vchitect_fast.benchmarks.record import BOTH, FORWARD, Record, append
 from vchitect_fast.benchmarks.suite import Absent
 from vchitect_fast.benchmarks.table import duration, headline, reasons, saved
@@ -66,9 +66,27 @@ def test_not_measured_says_why(records: list[Record], why: str) -> None:
     assert verdict.text == f"not measured: {why}" and verdict.found is None
 
 
+def test_the_same_chip_with_faster_memory_can_fall_short_but_not_pass_for_the_other() -> None:
+    at = {**AT, "device": "NVIDIA H200", "bench": "block", "direction": BOTH}
+    limit = goal("block", BOTH, "median_s")
+    assert judge(limit, [record(0.034, **at)]).text == PASS_THERE
+    assert judge(limit, [record(0.0341, **at)]).text == SHORT
+
+
+def test_the_goals_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    at = {**AT, "bench": STEP, "direction": BOTH, "provider": "hand-written (ours)"}
+    append(tmp_path / "a.jsonl", record(1.2, **at))
+    append(tmp_path / "b.jsonl", record(0.9, **at))  # measured anew: the newest counts
+    paths = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
+    assert goals.main(paths) == 0 and goals.main(paths[::-1]) == 1
+    assert "900 ms" in capsys.readouterr().out
+    assert goals.main([]) == 2
+
+
 def test_every_goal_has_a_case_or_says_why_not() -> None:
     for item in GOALS:
-        shapes = {"block": BLOCK_SHAPES, "dispatch": ("empty kernel",)}.get(item.bench, ATTENTION_SHAPES)
+        benches = {"block": BLOCK_SHAPES, "dispatch": ("empty kernel",), STEP: model_steps.GPU_CASES.shapes}
+        shapes = benches.get(item.bench, ATTENTION_SHAPES)
         assert item.not_measured or item.shape in shapes, item
     assert len(set(GOALS)) == len(GOALS)
 
