@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from vchitect_fast.autotune.bounds import fits
 from vchitect_fast.autotune.calibrate import Calibration
 from vchitect_fast.autotune.describe import blocks_in_words, layout_in_words, layout_of
 from vchitect_fast.autotune.layout import Problem
-from vchitect_fast.autotune.memory import GIB
+from vchitect_fast.autotune.memory import GIB, ends_bytes
 from vchitect_fast.autotune.model import SAFETY, Limits, Outcome, StepModel
 from vchitect_fast.autotune.report import PART_NAMES, gib, render, render_explanation, seconds, show
 from vchitect_fast.autotune.sensitivity import (
@@ -42,6 +43,7 @@ from vchitect_fast.autotune.streams import STREAMS
 from vchitect_fast.cluster import Cluster
 from vchitect_fast.errors import UserError
 from vchitect_fast.plan import OFFLOAD, RECOMPUTE, Plan, PlanEntry, Policy
+from vchitect_fast.workload import DTYPE_BYTES
 
 BINDS = 0.01  # of the step: less waiting than this is not worth a sentence
 DIFFERS = 0.01  # between the Plan's prediction and the one made now
@@ -115,7 +117,7 @@ def explain(plan: Plan, entry: PlanEntry, problem: Problem, tick: Callable[[], N
     number = problem.config.num_layers
     keep, again = (model.predict(layout, [policy] * number) for policy in (Policy.keep(), Policy.recompute()))
     used = links_between(problem, layout) | (set(HOST_LINKS) if chosen.host_bytes else set())
-    used &= {link.name for link in problem.cluster.links}
+    used &= {link.place for link in problem.cluster.links}
     slacks = {words: slack(problem, chosen, names) for words, names in LINKS.items() if used & set(names)}
     effects, looked_at = [], [keep, again, *around(model, chosen)]
     for change in changes(problem, layout):
@@ -158,6 +160,24 @@ def explained(args: argparse.Namespace, cluster_path: str | Path) -> tuple[Plan,
             progress.update(task, description=f"looking around {entry.shape}")
             found.append(explain(plan, entry, problem, lambda: progress.advance(task)))
     return plan, cluster, found
+
+
+def filling(problem: Problem, outcome: Outcome) -> list[tuple[float, int]]:
+    """(second, bytes on the device) at the start of the microbatch and wherever a block's forward or a copy out of it ends.
+
+    What blocks keep piles up, what they offload is there until its copy is done. The end of forward, which
+    Timeline.memory begins with, adds what the ends save (memory.ends_bytes); the last point here is before it.
+    """
+    line, work = outcome.timeline, problem.workload(outcome.layout)
+    done = next(task.end_s for task in line.tasks if task.name == "ends")
+    passed = {task.block: task.end_s for task in line.tasks if task.name == "forward" and task.block is not None}
+    moved = {} if problem.cluster.device.kind == "cpu" else {b: w.moved_bytes for b, w in enumerate(outcome.ways)}
+    events = [(at_s, outcome.ways[block].kept_bytes + moved.get(block, 0)) for block, at_s in passed.items()]
+    events += [(t.end_s, -moved[t.block]) for t in line.tasks if t.name == "copy out" and t.block in moved]
+    before = sorted(event for event in events if event[0] <= done)
+    start = line.memory[0][1] - ends_bytes(work, DTYPE_BYTES[problem.dtype]) - sum(change for _, change in before)
+    totals = accumulate((change for _, change in before), initial=start)
+    return list(zip((0.0, *(at_s for at_s, _ in before)), totals, strict=True))
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
@@ -239,6 +259,7 @@ def _time(found: Explanation) -> list[str]:
     )
     said = [f"A step of {found.entry.shape} takes {seconds(step)}: {shares}."]
     waits = {name: layout.accumulation * line.exposed_s(name) for name in STREAM_WORDS}
+    waits |= {"exchange": cost.exchange_s, "gather": cost.gather_s}  # the last microbatch reduces, the others do not
     worth = sorted((name for name in waits if waits[name] > BINDS * step), key=lambda name: -waits[name])
     if not worth:
         said.append(f"Compute binds: no stream beside it is waited for more than {BINDS:.0%} of the step.")

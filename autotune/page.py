@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vchitect_fast.autotune.bounds import fits
 from vchitect_fast.autotune.describe import blocks_in_words, difference
-from vchitect_fast.autotune.explain import Explanation, explained
+from vchitect_fast.autotune.explain import Explanation, explained, filling
 from vchitect_fast.autotune.memory import GIB
 from vchitect_fast.autotune.model import Outcome
 from vchitect_fast.autotune.pictures import Point, front, near, peak, streams
@@ -95,8 +95,7 @@ def _overview(found: Sequence[Explanation]) -> str:
 
 
 def _entry(item: Explanation) -> list[str]:
-    line, base = item.outcome.timeline, item.outcome.memory
-    limit = item.limits.device_bytes
+    line, limit = item.outcome.timeline, item.limits.device_bytes
     accumulation = item.outcome.layout.accumulation
     stretch = "One microbatch" if accumulation == 1 else f"The last of {accumulation} microbatches"
     return [
@@ -104,7 +103,7 @@ def _entry(item: Explanation) -> list[str]:
         cards(_facts(item)),
         *_said(item, "time"),
         f"<h3>{text(stretch)}, {text(seconds(line.total_s))}; then the optimizer, {text(seconds(item.outcome.cost.optimizer_s))}</h3>",
-        streams(line, base.process_bytes + base.states_bytes, limit),
+        streams(line, filling(item.problem, item.outcome), limit),
         *_said(item, "memory"),
         peak(item.outcome.memory.parts_gib(), limit),
         *_said(item, "choice"),

@@ -59,10 +59,10 @@ def kind_of(name: str) -> str:
     return word if word in COLOURS else "other"
 
 
-def streams(timeline: Timeline, base_bytes: int, limit_bytes: int) -> str:
+def streams(timeline: Timeline, filling: Sequence[tuple[float, int]], limit_bytes: int) -> str:
     """The rows of every stream that does anything, the memory under them on the same axis, ticks and the key.
 
-    base_bytes  on the device when it begins
+    filling  (second, bytes on the device) from its begin until timeline.memory
     """
     total = timeline.total_s
     if not total:
@@ -76,20 +76,17 @@ def streams(timeline: Timeline, base_bytes: int, limit_bytes: int) -> str:
             note = busy if name == "compute" else f"{busy}, compute waits for it {seconds(waits) if waits else 'never'}"
             parts.append(f"<h4>{STREAM_NAMES[name]} &middot; {text(note)}</h4>{lane(_bars(tasks, total))}")
     if timeline.memory:
-        parts.append(f"<h4>memory on the device</h4>{memory_over_time(timeline, base_bytes, limit_bytes)}")
+        parts.append(f"<h4>memory on the device</h4>{memory_over_time(timeline, filling, limit_bytes)}")
     ticks = "".join(f"<span>{text(_tick(total * k / (TICKS - 1)))}</span>" for k in range(TICKS))
     used = {kind_of(task.name) for task in timeline.tasks if task.end_s > task.start_s}
     keys = {name: colour for name, colour in {**COLOURS, "other": OTHER}.items() if name in used}
     return f'<div class="lanes">{"".join(parts)}<div class="ticks">{ticks}</div>{legend(keys)}</div>'
 
 
-def memory_over_time(timeline: Timeline, base_bytes: int, limit_bytes: int) -> str:
-    """An area through the moments that are known, a line at the limit, both with their figures; as wide as a lane.
-
-    base_bytes  what is there when the microbatch begins
-    """
+def memory_over_time(timeline: Timeline, filling: Sequence[tuple[float, int]], limit_bytes: int) -> str:
+    """An area through the moments that are known, a line at the limit, both with their figures; as wide as a lane."""
     total = timeline.total_s
-    moments = [(0.0, base_bytes), *timeline.memory, (total, timeline.memory[-1][1])]
+    moments = [*filling, *timeline.memory, (total, timeline.memory[-1][1])]
     fullest = max(moments, key=lambda item: item[1])
     over = fullest[1] > limit_bytes
     high = HIGH * max(limit_bytes, fullest[1])

@@ -64,7 +64,7 @@ def changes(problem: Problem, layout: Layout) -> list[Change]:
     """No change, then less and more of every fact that the cluster has; links between devices only where the mesh uses them."""
     cluster, device = problem.cluster, problem.cluster.device
     found = [Change("no change", 1.0, cluster)]
-    present, used = {link.name for link in cluster.links}, links_between(problem, layout)
+    present, used = {link.place for link in cluster.links}, links_between(problem, layout)
     for name, links in LINKS.items():
         if present & set(links) and (links == HOST_LINKS or used & set(links)):
             for factor in _around(LINK_CHANGE):
@@ -135,8 +135,8 @@ def slack(problem: Problem, chosen: Outcome, names: Collection[str]) -> float | 
 
 
 def with_links(cluster: Cluster, names: Collection[str], factor: float) -> Cluster:
-    """The cluster with so many times the bytes a second on the named links; latencies stay."""
-    changed = (_scaled(link, factor) if link.name in names else link for link in cluster.links)
+    """The cluster with so many times the bytes a second on the named links, of each collective too; latencies stay."""
+    changed = (_scaled(link, factor) if link.place in names else link for link in cluster.links)
     return replace(cluster, links=tuple(changed))
 
 

@@ -42,6 +42,8 @@ class Timing:
     gelu, layer_norm, rotate   [rows, width]; layer_norm over width, rotate the rotary of one tensor
     adamw       one fused AdamW update of rows x width fp32 parameters
     view        one operation that moves no data
+    checkpoint  what torch's checkpoint adds to one block beside computing it again: the host's time, at any size
+    frame       the same where some groups are kept or moved (offload/groups.py), the checkpoint's included
     """
 
     op: str
@@ -145,6 +147,11 @@ class Link:
         for size, rate in self.points:
             _check_number(f"a point of {where}", size, above_zero=True)
             _check_number(f"a point of {where}", rate, above_zero=True)
+
+    @property
+    def place(self) -> str:
+        """The name without a collective: "intra_node" of "intra_node/all_gather"."""
+        return self.name.partition("/")[0]
 
     def seconds(self, num_bytes: float) -> float:
         """Of one message, alone: latency + bytes / rate; nothing to send takes no time."""

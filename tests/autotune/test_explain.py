@@ -17,15 +17,16 @@ from made_up_plan import CONFIG, MESH, explained, made_up_cluster, made_up_plan,
 from vchitect_fast.architecture import preset
 from vchitect_fast.autotune.calibrate import Calibration
 from vchitect_fast.autotune.describe import blocks_in_words, difference, layout_of, policy_in_words
-from vchitect_fast.autotune.explain import Explanation, config_of, made_from, problem_of, run
+from vchitect_fast.autotune.explain import Explanation, config_of, filling, made_from, problem_of, run
 from vchitect_fast.autotune.layout import Layout
+from vchitect_fast.autotune.memory import ends_bytes, states_bytes
 from vchitect_fast.autotune.model import StepModel
 from vchitect_fast.autotune.rates import rates_of
 from vchitect_fast.autotune.report import gib
 from vchitect_fast.autotune.search import plan_run
 from vchitect_fast.autotune.sensitivity import HOST_LINKS, LONGER, changes, faster, links_between, on, slack, with_links
 from vchitect_fast.autotune.ways import POLICIES
-from vchitect_fast.cluster import Timing
+from vchitect_fast.cluster import COLLECTIVES, Link, Timing
 from vchitect_fast.errors import UserError
 from vchitect_fast.plan import OFFLOAD, Plan, Policy, ShardSpec
 
@@ -63,6 +64,26 @@ def test_a_calibrated_plan_is_predicted_as_it_was_planned(tmp_path: Path) -> Non
         predicted.peak_parts_gib,
     )
     assert "The Plan says" not in all_said(found)
+
+
+def test_memory_fills_as_forward_goes() -> None:
+    """Between what stands and the end of forward: what blocks keep, and what they offload until it is copied."""
+    cluster = made_up_cluster(2**34, host_bytes_per_s=200e9)
+    policies = [OFFLOADED] * 3 + [Policy.keep()] * (CONFIG.num_layers - 3)
+    [found] = explained(cluster, with_policies(made_up_plan(cluster), policies))
+    points, (done_s, done) = filling(found.problem, found.outcome), found.outcome.timeline.memory[0]
+    work, ways = found.problem.workload(found.outcome.layout), found.outcome.ways
+    gradients = 4 * CONFIG.num_parameters() if found.outcome.layout.accumulation > 1 else 0
+    standing = states_bytes(work, "bfloat16", num_shards=4) + gradients + found.outcome.memory.exchange_bytes
+    assert points[0] == (0.0, standing)
+    assert [at_s for at_s, _ in points] == sorted(at_s for at_s, _ in points)
+    assert points[1][1] - points[0][1] == ways[0].kept_bytes + ways[0].moved_bytes > 0
+    left = {task.block: task.end_s for task in found.outcome.timeline.tasks if task.name == "copy out"}
+    at_once = [at_s for at_s, _ in points]
+    assert left.keys() == {0, 1, 2} and left[0] in at_once and left[0] < done_s
+    there = sum(ways[block].moved_bytes for block, at_s in left.items() if at_s > done_s)
+    kept = sum(way.kept_bytes for way in ways)
+    assert points[-1][1] == points[0][1] + kept + there == done - ends_bytes(work, 2)
 
 
 def test_the_limit_that_a_plan_was_searched_with_is_kept(tmp_path: Path) -> None:
@@ -192,6 +213,19 @@ def test_a_faster_link_has_every_rate_of_it_faster() -> None:
         assert after.together_bytes_per_s == times * 7e9
         assert after.latency_s == before.latency_s
     assert changed.links[0].both_ways_bytes_per_s == 2 * 40e9
+
+
+def test_a_slower_place_slows_the_links_of_its_collectives() -> None:
+    """They go before the plain link of the place, which is then not used at all."""
+    cluster = made_up_cluster()
+    own = Link("intra_node/all_to_all", 3e11, 1e-5, "made up")
+    assert (
+        with_links(replace(cluster, links=(*cluster.links, own)), ("intra_node",), 0.5).links[-1].bytes_per_s == 1.5e11
+    )
+    everywhere = tuple(replace(cluster.link("intra_node"), name=f"intra_node/{kind}") for kind in COLLECTIVES)
+    _, plan, found = tight()
+    [by_kind] = explained(replace(cluster, links=(*cluster.links, *everywhere)), plan)
+    assert by_kind.slacks == found.slacks
 
 
 @pytest.mark.parametrize("measured", [False, True])

@@ -32,6 +32,7 @@ TAGS = set(
 )
 GIB = 2**30
 LIMIT = 10 * GIB
+START = [(0.0, 2 * GIB)]
 
 
 class Page(HTMLParser):
@@ -73,16 +74,16 @@ def a_step(peak_bytes: int = 8 * GIB) -> Timeline:
 
 
 def test_bars_stand_where_the_tasks_ran() -> None:
-    found = bars(streams(a_step(), 2 * GIB, LIMIT))
+    found = bars(streams(a_step(), START, LIMIT))
     assert (0, 20, "forward of block 0, 2.00 s") in found
     assert (50, 30, "backward of block 1, 3.00 s") in found
     assert (20, 10, "copy out of block 0, 1.00 s") in found
     assert len(found) == 7
-    text = Page(streams(a_step(), 2 * GIB, LIMIT)).text
+    text = Page(streams(a_step(), START, LIMIT)).text
     assert "copies to host memory · busy 10%, compute waits for it never" in text
     assert "copies back from host memory · busy 10%, compute waits for it 500 ms" in text
     assert "exchanges" not in text  # a stream without tasks has no row
-    assert "No" not in text and Page(streams(Timeline(()), 0, LIMIT)).text.strip() == "This step has no tasks."
+    assert "No" not in text and Page(streams(Timeline(()), (), LIMIT)).text.strip() == "This step has no tasks."
 
 
 def test_every_task_of_the_model_has_a_colour() -> None:
@@ -95,16 +96,16 @@ def test_every_task_of_the_model_has_a_colour() -> None:
 
 def test_many_small_tasks_become_few_bars() -> None:
     tasks = [Done("forward", "compute", k / 1e4, (k + 1) / 1e4, k) for k in range(10_000)]
-    found = bars(streams(Timeline(tuple(tasks)), 0, LIMIT))
+    found = bars(streams(Timeline(tuple(tasks)), (), LIMIT))
     assert len(found) < 20
     assert sum(width for _, width, _ in found) == pytest.approx(100, abs=1)
     mixed = [task._replace(name=("forward", "recompute")[k % 2]) for k, task in enumerate(tasks[:1800])]
-    assert len(bars(streams(Timeline(tuple(mixed)), 0, LIMIT))) == 1800  # another kind is never joined
+    assert len(bars(streams(Timeline(tuple(mixed)), (), LIMIT))) == 1800  # another kind is never joined
 
 
 @pytest.mark.parametrize("peak_bytes", [8 * GIB, 14 * GIB])
 def test_the_memory_picture_has_limit_and_peak_in_their_places(peak_bytes: int) -> None:
-    source = Page(streams(a_step(peak_bytes), 2 * GIB, LIMIT))
+    source = Page(streams(a_step(peak_bytes), START, LIMIT))
     [polygon], [line] = source.all("polygon"), source.all("line")
     corners = [tuple(map(float, item.split(","))) for item in polygon["points"].split()]
     height = {x: 100 - y for x, y in corners[1:-1]}
@@ -119,7 +120,7 @@ def test_the_memory_picture_has_limit_and_peak_in_their_places(peak_bytes: int) 
 
 @pytest.mark.parametrize(("limit", "sides"), [(10, "bottom top"), (200, "bottom bottom"), (6, "top bottom")])
 def test_the_words_of_limit_and_peak_stay_inside_and_apart(limit: int, sides: str) -> None:
-    places = [item["style"] for item in Page(streams(a_step(), 2 * GIB, limit * GIB)).all("small")]
+    places = [item["style"] for item in Page(streams(a_step(), START, limit * GIB)).all("small")]
     found = [re.search(r"(top|bottom):([\d.]+)%", place) for place in places]
     assert " ".join(place[1] for place in found if place) == sides
     if sides == "bottom bottom":
