@@ -150,7 +150,7 @@ def moments(
     states = states_bytes(work, dtype, ema=ema, num_shards=num_shards)
 
     def moment(phase: str, block: int | None, gradients_bytes: int, saved_bytes: int, working_bytes: int) -> Moment:
-        gradients = every_gradient if accumulation > 1 else gradients_bytes + whole_block
+        gradients = every_gradient if accumulation > 1 else gradients_bytes + (0 if block is None else whole_block)
         return Moment(phase, block, StepMemory(process, states, gradients, saved_bytes, working_bytes, exchange_bytes))
 
     ends = ends_bytes(work, element_bytes)  # there until the first block's backward begins; the pool all the time
