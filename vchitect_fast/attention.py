@@ -10,14 +10,18 @@ Scale 1/sqrt(C), no mask, no dropout. Source: model_spec, "Attention". `backend`
     cudnn, flash   scaled_dot_product_attention restricted to that one
     fa2, fa3, fa4  FlashAttention's packages flash_attn, flash_attn_interface, flash_attn.cute (CUDA, 16-bit)
     triton         our kernels, which read two sources: a joint tensor goes in as two views, its rows come out in one copy
-A backend that cannot run is an error, never another backend. Where torch is told to use deterministic algorithms, so are all.
+    auto           what a table tuned on this GPU has for these sizes (kernels/tuned.py), else sdpa; it says once what it took
+A backend named otherwise that cannot run is an error, never another backend. Where torch is told to use deterministic algorithms, so are all.
 
 Letters: B batch, T frames, J = S + N joint tokens, N text tokens, H heads, C head dim.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,6 +31,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vchitect_fast.errors import UserError, unknown_name
 from vchitect_fast.kernels import ops
 from vchitect_fast.kernels.reference import cross_joint, rotary_tables, rotate, spatial_joint, temporal_joint
+from vchitect_fast.kernels.tiles import BACKEND
+from vchitect_fast.kernels.tuned import look_up
+from vchitect_fast.offload.groups import frame_at_work
 from vchitect_fast.plan import ATTENTION_BACKENDS
 
 __all__ = ["cross_attention", "rotary_tables", "rotate", "spatial_attention", "temporal_attention"]
@@ -34,12 +41,13 @@ __all__ = ["cross_attention", "rotary_tables", "rotate", "spatial_attention", "t
 SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 PACKAGES = {"fa2": "flash_attn", "fa3": "flash_attn_interface", "fa4": "flash_attn.cute"}
 FULL_TILE = 128  # rows: a joint tensor is cut in two so that only the second view has a part of a tile
+log = logging.getLogger(__name__)
 
 
 def spatial_attention(q_BTJHC: Tensor, k_BTJHC: Tensor, v_BTJHC: Tensor, *, backend: str = "sdpa") -> Tensor:
     """Full attention within each frame. Returns [B, T, J, H, C] in the dtype of q."""
     given = q_BTJHC, k_BTJHC, v_BTJHC
-    backend = _checked("spatial", backend)
+    backend = _chosen("spatial", backend, q_BTJHC, J=q_BTJHC.shape[2])
     if backend in PACKAGES:
         return _flash_attention(backend, *(x.flatten(0, 1) for x in given)).view(q_BTJHC.shape)
     if backend == "triton":
@@ -53,7 +61,7 @@ def temporal_attention(
 ) -> Tensor:
     """Attention over the frames at each position, rotary on q and k. Returns [B, T, J, H, C] in the dtype of q."""
     given = q_BTJHC, k_BTJHC, v_BTJHC
-    backend = _checked("temporal", backend)
+    backend = _chosen("temporal", backend, q_BTJHC, T=q_BTJHC.shape[1])
     if backend == "triton":
         sources = _two_sources(given, _rest(q_BTJHC.shape[2]))
         outs = ops.temporal_attention(*sources, rope_scaling_factor=rope_scaling_factor, impl="triton")
@@ -63,7 +71,8 @@ def temporal_attention(
 
 def cross_attention(q_BTJHC: Tensor, k_BNHC: Tensor, v_BNHC: Tensor, *, backend: str = "sdpa") -> Tensor:
     """All tokens of a sample attend to its first frame's text. Returns [B, T, J, H, C] in the dtype of q."""
-    backend = _checked("cross", backend)
+    _, T, J, _, _ = q_BTJHC.shape
+    backend = _chosen("cross", backend, q_BTJHC, R=T * J, N=k_BNHC.shape[1])
     if backend in PACKAGES:
         return _flash_attention(backend, q_BTJHC.flatten(1, 2), k_BNHC, v_BNHC).view(q_BTJHC.shape)
     if backend == "triton":  # one frame of all rows, the last N of them for the text that the kernel expects
@@ -72,10 +81,44 @@ def cross_attention(q_BTJHC: Tensor, k_BNHC: Tensor, v_BNHC: Tensor, *, backend:
     return _by_torch(backend, lambda math: cross_joint(q_BTJHC, k_BNHC, v_BNHC, math=math))
 
 
-def _checked(branch: str, backend: str) -> str:
+def _chosen(branch: str, backend: str, q: Tensor, **sizes: int) -> str:
+    """The backend by its name; of "auto", what it stands for on q's device at these sizes."""
     if backend not in ATTENTION_BACKENDS[branch]:
         raise unknown_name(f"attention backend of the {branch} branch", backend, ATTENTION_BACKENDS[branch])
-    return backend
+    if backend != "auto":
+        return backend
+    if not _on_gpu(q):
+        return "sdpa"
+    found = _tuned(branch, q.element_size(), *sizes.items(), ("C", q.shape[-1]))
+    return (
+        "sdpa" if found == "fa4" and frame_at_work() else found
+    )  # no torch op, so that no group could save its output
+
+
+@torch.compiler.assume_constant_result  # torch.compile calls this once a graph; it would trace through the cache
+def _tuned(branch: str, element_bytes: int, *sizes: tuple[str, int]) -> str:
+    return _by_table(branch, element_bytes, sizes)
+
+
+@lru_cache(maxsize=1024)
+def _by_table(branch: str, element_bytes: int, sizes: tuple[tuple[str, int], ...]) -> str:
+    """What the tuned table has, where that is installed; said once."""
+    choice = look_up(branch, BACKEND, element_bytes=element_bytes, **dict(sizes))
+    found, why = ("sdpa", "no tuned row") if choice is None else (str(choice[BACKEND]), "tuned")
+    if found in PACKAGES and not _is_installed(PACKAGES[found]):
+        found, why = "sdpa", f"tuned {found} is not installed"
+    shape = ", ".join(f"{name} {size}" for name, size in sizes)
+    log.info(
+        "attention backend auto: %s for the %s branch at %s, %d bytes (%s)", found, branch, shape, element_bytes, why
+    )
+    return found
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the parent package
+        return False
 
 
 def _by_torch(backend: str, joint: Callable[[bool], Tensor]) -> Tensor:

@@ -21,7 +21,7 @@ from vchitect_fast.shapes import VideoShape
 SCHEMA_VERSION = 1
 KEEP, RECOMPUTE, OFFLOAD = "keep", "recompute", "offload"
 ACTIONS = (KEEP, RECOMPUTE, OFFLOAD)
-_TORCH, _FLASH = ("sdpa", "math", "triton"), ("cudnn", "flash", "fa2", "fa3", "fa4")
+_TORCH, _FLASH = ("sdpa", "math", "triton", "auto"), ("cudnn", "flash", "fa2", "fa3", "fa4")
 ATTENTION_BACKENDS = {"spatial": (*_TORCH, *_FLASH), "temporal": _TORCH, "cross": (*_TORCH, *_FLASH)}  # attention.py
 BRANCHES = tuple(ATTENTION_BACKENDS)
 PARKABLE = ("optimizer", "average")  # AdamW's moments, the EMA

@@ -267,7 +267,7 @@ def launch_forward(inputs: Tensors, out: Tensor, text_out: Tensor) -> Tensor:
     q, text_q, k, v = inputs
     B, T, S, H, C = q.shape
     N = k.shape[1]
-    tile = tiles.flash("forward", C, q.element_size())
+    tile = tiles.flash("cross", "forward", C, q.element_size(), R=T * (S + N), N=N)
     lse = torch.empty(_lse_shape(inputs), dtype=torch.float32, device=q.device)
     num_blocks = triton.cdiv(T * S, tile.block_queries) + triton.cdiv(T * N, tile.block_queries)
     _forward_kernel[(B * H * num_blocks,)](
@@ -296,7 +296,7 @@ def launch_backward(douts: Tensors, saved: Tensors, gradients: Tensors, *, add_t
     k, v = k[:, None], v[:, None]
     delta = torch.empty_like(lse)
     flat = is_flat(q, text_q, out, text_out, dout, dtext_out, dq, dtext_q)
-    tile = tiles.flash("dq", C, q.element_size())
+    tile = tiles.flash("cross", "dq", C, q.element_size(), R=T * (S + N), N=N)
     num_blocks = triton.cdiv(T * S, tile.block_queries) + triton.cdiv(T * N, tile.block_queries)
     _dq_kernel[(B * H * num_blocks,)](
         *(source(x) for x in (q, text_q, k, v, out, text_out, dout, dtext_out, dq, dtext_q)),
@@ -309,7 +309,7 @@ def launch_backward(douts: Tensors, saved: Tensors, gradients: Tensors, *, add_t
         TAIL=tail_of(N, tile.block_keys),
         **tile.options(),
     )
-    tile = tiles.flash("dkv", C, q.element_size())
+    tile = tiles.flash("cross", "dkv", C, q.element_size(), R=T * (S + N), N=N)
     key_blocks = triton.cdiv(N, tile.block_keys)
     num_blocks = max(1, T * S // tile.block_queries + T * N // tile.block_queries)
     num_chunk_blocks = triton.cdiv(num_blocks, tiles.cross_chunks(B * H * key_blocks, num_blocks))
@@ -348,7 +348,7 @@ def aot_variants() -> list[Variant]:
     variants = []
     for dtype, C in (("bf16", 64), ("bf16", 128), ("fp16", 64), ("fp32", 64)):
         for name, kernel in (("forward", _forward_kernel), ("dq", _dq_kernel), ("dkv", _dkv_kernel)):
-            tile = tiles.flash(name, C, 4 if dtype == "fp32" else 2)
+            tile = tiles.flash_by_size(name, C, 4 if dtype == "fp32" else 2)
             constants = {"FLAT": True, "HEAD_DIM": C}
             if name == "dkv":
                 constants |= {"VISUAL_TAIL": 0, "TEXT_TAIL": 16}

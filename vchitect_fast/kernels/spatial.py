@@ -269,7 +269,7 @@ def launch_forward(inputs: Tensors, out: Tensor, text_out: Tensor) -> Tensor:
     """
     q, text_q = inputs[0], inputs[3]
     C = q.shape[-1]
-    tile = tiles.flash("forward", C, q.element_size())
+    tile = tiles.flash("spatial", "forward", C, q.element_size(), S=q.shape[2], N=text_q.shape[2])
     lse = torch.empty(_lse_shape(inputs), dtype=torch.float32, device=q.device)
     _forward_kernel[_grid(q, text_q, tile.block_queries)](
         *(source(x) for x in (*inputs, out, text_out)),
@@ -291,7 +291,7 @@ def launch_backward(douts: Tensors, saved: Tensors, gradients: Tensors, *, add_t
     q, text_q = inputs[0], inputs[3]
     C = q.shape[-1]
     delta = torch.empty_like(lse)
-    tile = tiles.flash("dq", C, q.element_size())
+    tile = tiles.flash("spatial", "dq", C, q.element_size(), S=q.shape[2], N=text_q.shape[2])
     _dq_kernel[_grid(q, text_q, tile.block_queries)](
         *(source(x) for x in (*inputs, out, text_out, *douts, dq, dtext_q)),
         *(lse, delta, *softmax_scales(C)),
@@ -299,7 +299,7 @@ def launch_backward(douts: Tensors, saved: Tensors, gradients: Tensors, *, add_t
         **_sizes(q, text_q, tile.block_keys),
         **tile.options(),
     )
-    tile = tiles.flash("dkv", C, q.element_size())
+    tile = tiles.flash("spatial", "dkv", C, q.element_size(), S=q.shape[2], N=text_q.shape[2])
     _dkv_kernel[_grid(q, text_q, tile.block_keys)](
         *(source(x) for x in (*inputs, *douts, dk, dv, dtext_k, dtext_v)),
         *(lse, delta, *softmax_scales(C)),
@@ -324,7 +324,7 @@ def aot_variants() -> list[Variant]:
     variants = []
     for dtype, C in (("bf16", 64), ("bf16", 128), ("fp16", 64), ("fp32", 64)):
         for name, kernel in (("forward", _forward_kernel), ("dq", _dq_kernel), ("dkv", _dkv_kernel)):
-            tile = tiles.flash(name, C, 4 if dtype == "fp32" else 2)
+            tile = tiles.flash_by_size(name, C, 4 if dtype == "fp32" else 2)
             looped = tile.block_queries if name == "dkv" else tile.block_keys
             constants = {"HEAD_DIM": C, "VISUAL_TAIL": tail_of(1296, looped), "TEXT_TAIL": tail_of(333, looped)}
             constants |= {} if name == "forward" else {"ADD_TEXT": True}

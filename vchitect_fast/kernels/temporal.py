@@ -174,7 +174,7 @@ def _launch(
     kernels: tuple[Any, Any],
     pairs: list[tuple[Tensor, Tensor]],
     factor: float,
-    choose: Any,
+    name: str,
     *scales: float,
     **launch: Any,
 ) -> None:
@@ -182,7 +182,7 @@ def _launch(
     visual, text = pairs[0]
     B, T, S, H, C = visual.shape
     J = S + text.shape[2]
-    tile = choose(T, C, visual.element_size())
+    tile = tiles.temporal(name, T, C, visual.element_size())
     arguments = (*(_source(*pair) for pair in pairs), *_rotary_tables(T, C, factor, visual.device), S, J, H, *scales)
     launch |= {"HEAD_DIM": C, "num_warps": tile.num_warps}
     if isinstance(tile, tiles.PackedTile):
@@ -201,7 +201,7 @@ def launch_forward(visual: Tensors, text: Tensors, rope_scaling_factor: float, o
     """Write the attention of checked inputs into `out` and `text_out` of any strides (a slot of a merged buffer)."""
     pairs = list(zip((*visual, out), (*text, text_out), strict=True))
     scale, _ = softmax_scales(out.shape[-1])
-    _launch((_forward_kernel, tiled_forward_kernel), pairs, rope_scaling_factor, tiles.temporal_forward, scale)
+    _launch((_forward_kernel, tiled_forward_kernel), pairs, rope_scaling_factor, "forward", scale)
 
 
 def launch_backward(
@@ -218,7 +218,7 @@ def launch_backward(
     """Write dq, dk, dv of checked inputs into `grads` and `text_grads` of any strides, or add to what the latter hold."""
     pairs = list(zip((*visual, do, *grads), (*text, text_do, *text_grads), strict=True))
     kernels, scales = (_backward_kernel, tiled_backward_kernel), softmax_scales(do.shape[-1])
-    _launch(kernels, pairs, rope_scaling_factor, tiles.temporal_backward, *scales, ADD_TEXT=add_text)
+    _launch(kernels, pairs, rope_scaling_factor, "backward", *scales, ADD_TEXT=add_text)
 
 
 def _empty(*like: Tensor) -> list[Tensor]:

@@ -1,12 +1,16 @@
-"""How each kernel cuts its problem: frozen tables of launch configurations, one section an op, chosen by size alone.
+"""How each kernel cuts its problem: frozen tables of launch configurations, one section an op, chosen by size.
 
-Training never searches. A number here stands with where it comes from: a measurement, or "not measured". A choice depends on
-shapes only, never on the device, so the order of every sum, and with it every bit of a gradient, is the same on all GPUs.
+Training never searches. A number here stands with where it comes from: a measurement, or "not measured". Where a table tuned on
+this GPU has a row that fits (tuned.py), attention takes its choice instead. A choice depends on shapes and on that table only:
+with one table, or none, the order of every sum, and with it every bit of a gradient, is the same on all GPUs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from vchitect_fast.kernels.tuned import Choice, look_up
+from vchitect_fast.plan import ATTENTION_BACKENDS
 
 # ---- elementwise over [rows, columns] with column sums: bias_gelu, gated_weight --------------------------------------
 
@@ -32,6 +36,11 @@ GATED_WEIGHT = SheetTile(block_rows=4, block_columns=512, num_blocks=1, num_warp
 
 MAX_FP8_ROW = 16384  # columns: 7 D at D = 2304
 FP8_TURN = SheetTile(block_rows=64, block_columns=64, num_blocks=1, num_warps=4)  # not measured
+
+
+def fp8_block_rows(block_columns: int) -> int:
+    """Not measured. Rows of one program: one at D = 1536, more where they are narrow."""
+    return max(1, 2048 // block_columns)
 
 
 def fp8_row_warps(block_columns: int) -> int:
@@ -111,6 +120,15 @@ class TiledTile:
     block_k: int
     num_warps: int
     num_stages: int
+
+
+def temporal(kernel: str, num_frames: int, head_dim: int, element_bytes: int) -> PackedTile | TiledTile:
+    """The tile of "forward" or "backward": tuned where the row's tile holds T frames, else by T."""
+    tile = _tile("temporal", kernel, element_bytes=element_bytes, T=num_frames, C=head_dim)
+    if isinstance(tile, TiledTile) or (isinstance(tile, PackedTile) and tile.pack * num_frames <= tile.block):
+        return tile
+    by_size = temporal_forward if kernel == "forward" else temporal_backward
+    return by_size(num_frames, head_dim, element_bytes)
 
 
 def temporal_forward(num_frames: int, head_dim: int, element_bytes: int) -> PackedTile | TiledTile:
@@ -197,11 +215,51 @@ FLASH_TILES_FP32 = {
 CROSS_PROGRAMS = 1056  # of cross dk, dv, at least: 8 for each of the 132 SMs of an H100; not measured
 
 
-def flash(kernel: str, head_dim: int, element_bytes: int) -> FlashTile:
-    """The tile of a kernel ("forward", "dq" or "dkv") of cross and spatial."""
+def flash(op: str, kernel: str, head_dim: int, element_bytes: int, **sizes: int) -> FlashTile:
+    """The tile of a kernel ("forward", "dq" or "dkv") of spatial (sizes S, N) or cross (R = T (S + N), N): tuned, or by C."""
+    tile = _tile(op, kernel, element_bytes=element_bytes, **sizes, C=head_dim)
+    return tile if isinstance(tile, FlashTile) else flash_by_size(kernel, head_dim, element_bytes)
+
+
+def flash_by_size(kernel: str, head_dim: int, element_bytes: int) -> FlashTile:
+    """What `flash` takes without a tuned row."""
     return FLASH_TILES_FP32[kernel] if element_bytes == 4 else FLASH_TILES[kernel, head_dim]
 
 
 def cross_chunks(num_programs: int, num_blocks: int) -> int:
     """Into how many chunks num_blocks blocks of queries are cut, where every chunk takes num_programs programs."""
     return min(num_blocks, -(-CROSS_PROGRAMS // num_programs))
+
+
+# ---- tuned choices ----------------------------------------------------------------------------------------------------
+
+Tile = FlashTile | PackedTile | TiledTile
+TUNED: dict[str, dict[str, tuple[type[Tile], ...]]] = {  # op -> kernel -> the tiles that it takes
+    "spatial": dict.fromkeys(("forward", "dq", "dkv"), (FlashTile,)),
+    "cross": dict.fromkeys(("forward", "dq", "dkv"), (FlashTile,)),
+    "temporal": dict.fromkeys(("forward", "backward"), (PackedTile, TiledTile)),
+}
+BACKEND = "backend"  # the kernel name of a row that chooses among the backends of attention.py
+
+
+def check_choice(op: str, kernel: str, choice: Choice) -> None:
+    """ValueError unless a row of this op and kernel may hold the choice."""
+    if kernel == BACKEND and op in ATTENTION_BACKENDS:
+        if choice.keys() != {BACKEND} or choice[BACKEND] not in ATTENTION_BACKENDS[op]:
+            raise ValueError(f"backend of {op} {choice!r}")
+    elif _made(op, kernel, choice) is None or any(type(size) is not int or size < 1 for size in choice.values()):
+        raise ValueError(f"tile of {op} {kernel} {choice!r}")
+
+
+def _made(op: str, kernel: str, choice: Choice) -> Tile | None:
+    """The tile with these fields, where the kernel takes one."""
+    for kind in TUNED.get(op, {}).get(kernel, ()):
+        if {field.name for field in fields(kind)} == choice.keys():
+            return kind(**choice)  # type: ignore[arg-type]
+    return None
+
+
+def _tile(op: str, kernel: str, *, element_bytes: int, **sizes: int) -> Tile | None:
+    """The tuned tile, None without one."""
+    choice = look_up(op, kernel, element_bytes=element_bytes, **sizes)
+    return None if choice is None else _made(op, kernel, choice)

@@ -66,6 +66,11 @@ class Arrival:
     put_back: Callable[[], list[Tensor]] | None = None  # they were saved: take them from here, nobody sends them again
 
 
+def frame_at_work() -> bool:
+    """Whether outputs are being saved, or put back, by their groups."""
+    return getattr(_scope, "mode", None) is not None
+
+
 def expect(name: str) -> Arrival:
     """At the start of an exchange whose outcome belongs to the group `name`."""
     assert name in GROUPS, name

@@ -26,9 +26,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vchitect_fast.errors import UserError, unknown_name
+from vchitect_fast.kernels import tuned
 from vchitect_fast.model import VchitectTransformer
 from vchitect_fast.offload.hooks import Saving
-from vchitect_fast.parallel.mesh import Mesh
+from vchitect_fast.parallel.mesh import Mesh, on_all, on_first
 from vchitect_fast.parallel.shard import shard
 from vchitect_fast.plan import ACTIONS, KEEP, OFFLOAD, RECOMPUTE, Plan, PlanEntry
 
@@ -40,6 +41,7 @@ def parallelize(model: VchitectTransformer, plan: Plan, mesh: Mesh) -> None:
     """
     # 1. What no step could obey is refused before the first.
     check(plan, mesh)
+    check_tuned(mesh)
     for entry in plan.entries:
         obey(model, entry, mesh)
     # 2. Every rank starts from the weights of rank 0.
@@ -109,6 +111,20 @@ def check(plan: Plan, mesh: Mesh) -> None:
             raise UserError(
                 f"the Plan's {entry.shape} cuts the sequence by {axis} over sp {sp}; an sp above 1 needs frames or tokens, sp 1 batch."
             )
+
+
+def check_tuned(mesh: Mesh) -> None:
+    """UserError on all ranks unless all read the same tuned table: another tile is another order of sums."""
+    first = on_first(mesh.host_group, tuned.digest)
+
+    def same() -> None:
+        if (own := tuned.digest()) != first:
+            raise UserError(
+                f"expected one tuned table on all ranks, rank 0 has {first} and rank {mesh.rank} has {own}; name the same file in "
+                f"{tuned.ENVIRONMENT} everywhere, or none."
+            )
+
+    on_all(mesh.host_group, same)
 
 
 @torch.no_grad()
