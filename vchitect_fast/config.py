@@ -50,6 +50,7 @@ class TrainConfig:
     ema_decay: float = 0.999  # of the averaged weights that validation, samples and exports use
     timestep_sampling: str = "logit_normal"  # or "uniform"
     shift: float = 1.0  # resolution shift of the noise levels, in training and sampling; SD3 uses 3
+    fp8_linears: bool = False  # the blocks' linears in fp8: a GPU from sm_89 on and a bfloat16 Plan; a CPU emulates it
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for guidance
     log_every: int = 10  # steps between printed lines; log.jsonl has every step
     validate_every: int = 200  # steps; also before the first and after the last; 0 = never

@@ -128,7 +128,8 @@ def resume(
     stored = on_all(mesh.host_group, lambda: checkpoint.read_state(newest))
     if stored["model"] != state["model"]:
         raise UserError(f"{newest} holds a model of other sizes than {config.model!r}; use that model or another out=.")
-    old, new = stored["decides"], state["decides"]
+    old = {"fp8_linears": False, **stored["decides"]}  # checkpoints from before there was a choice do not say
+    new = state["decides"]
     changed = {n: f"{old.get(n)} -> {new.get(n)}" for n in sorted(old | new) if old.get(n) != new.get(n)}
     for name in NEVER_CHANGES:
         if name in changed:

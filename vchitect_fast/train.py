@@ -42,6 +42,7 @@ from vchitect_fast.machine import this_device
 from vchitect_fast.manifest import Clip
 from vchitect_fast.metrics import Log, NoLog, measured, reset_peak, rewind_log
 from vchitect_fast.model import VchitectTransformer
+from vchitect_fast.model.fp8_steps import check_device
 from vchitect_fast.model.text import load_text_encoder
 from vchitect_fast.model.vae import load_codec
 from vchitect_fast.offload.engine import Engine
@@ -82,7 +83,7 @@ def train_on(mesh: Mesh, config: TrainConfig, plan: Plan) -> dict[str, Any]:
     clips = everywhere(lambda: read_clips(config.manifest, config.cache))
     with only_process_in(run, mesh), stop_on_sigterm() as stop:
         reset_peak(mesh.device.type)
-        model = everywhere(lambda: build_model(config, plan).to(mesh.device))
+        model = everywhere(lambda: build_model(config, plan, mesh.device))
         model.saving = everywhere(lambda: build_saving(plan, model.config, mesh.device))
         parallelize(model, plan, mesh)  # what a block or a rank cannot do is refused before the data is read
         betas, dtype = (config.beta1, config.beta2), getattr(torch, plan.compute_dtype)
@@ -178,7 +179,7 @@ def open_log(config: TrainConfig, done: int, mesh: Mesh) -> Log:
     return log
 
 
-def build_model(config: TrainConfig, plan: Plan) -> VchitectTransformer:
+def build_model(config: TrainConfig, plan: Plan, on: torch.device) -> VchitectTransformer:
     """From SD3, from a folder, or a preset with random weights; in fp32."""
     torch.manual_seed(config.seed)
     device = this_device()
@@ -192,7 +193,25 @@ def build_model(config: TrainConfig, plan: Plan) -> VchitectTransformer:
     else:
         raise UserError(f"{config.model!r} is neither a model folder nor a preset; presets are {', '.join(PRESETS)}.")
     plan.check(model=model.config.fingerprint(), device=device)
+    model = model.to(on)
+    if config.fp8_linears:
+        compute_in_fp8(model, plan, on)
     return model
+
+
+def compute_in_fp8(model: VchitectTransformer, plan: Plan, device: torch.device) -> None:
+    """The hand-written block with its linears in fp8, on whatever the device has; UserError where it has nothing.
+
+    Validation and samples of the run compute so too; exported weights are those of any run.
+    """
+    cut = "cuts sequences" if plan.mesh["sp"] > 1 else ""
+    if cut or any(entry.num_chunks > 1 for entry in plan.entries):
+        raise UserError(
+            f"fp8_linears are of blocks that are computed whole, the Plan {cut or 'has chunks'}; plan without, or set fp8_linears "
+            "to false."
+        )
+    check_device(device, getattr(torch, plan.compute_dtype), model.config.hidden_dim)
+    model.set_kernels("triton" if device.type == "cuda" else "reference", fp8=True)
 
 
 def build_saving(plan: Plan, config: TransformerConfig, device: torch.device) -> Saving:

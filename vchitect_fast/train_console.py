@@ -38,6 +38,11 @@ class Console:
         )
         self._rich.print(f"model    {model.num_parameters():,} parameters, {plan.compute_dtype} on {plan.device_name}")
         self._rich.print(f"shapes   {entries}")
+        if config.fp8_linears:
+            emulated = (
+                "" if mesh.device.type == "cuda" else ", emulated on a CPU: what it does to the loss, not its speed"
+            )
+            self._rich.print(f"linears  fp8 in the blocks{emulated}; the Plan predicts {plan.compute_dtype}")
         self._rich.print(
             f"data     {config.manifest} at {config.fps:g} frames/s; codec {config.codec}, text {config.text_encoder}"
         )

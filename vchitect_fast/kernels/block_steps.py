@@ -83,9 +83,9 @@ def gelu(pre_RK: Tensor, bias_K: Tensor) -> Tensor:
     return bias_gelu.launch_forward(pre_RK, bias_K)
 
 
-def gelu_backward(dh_RK: Tensor, pre_RK: Tensor, bias_K: Tensor) -> Tensor:
-    """dh becomes dpre; returns dbias."""
-    return bias_gelu.backward_into(dh_RK, pre_RK, bias_K, dh_RK)
+def gelu_backward(dh_RK: Tensor, pre_RK: Tensor, bias_K: Tensor) -> tuple[Tensor, Tensor]:
+    """dh becomes dpre; returns dbias, and dpre as products read it."""
+    return bias_gelu.backward_into(dh_RK, pre_RK, bias_K, dh_RK), dh_RK
 
 
 def spatial_attention(visual: Tensors, text: Tensors, outs: Tensors) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rows in fp8 and their products by torch's scaled GEMM: what linears of a block can be made of; no block uses it yet.
+"""Rows in fp8 and their products by torch's scaled GEMM: what the linears of a block in fp8 are made of (model/fp8_steps.py).
 
     format    e4m3 (float8_e4m3fn: 3 bits of mantissa, 2^-9 to 448), of gradients too. e5m2 has twice the rounding error for a
               range that a scale a row makes needless; the published recipes with a scale a row or a block do the same
@@ -21,7 +21,9 @@ R rows, K columns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,11 +39,27 @@ class Quantised:
     scale: Tensor
     dtype: torch.dtype
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of the rows that it stands for."""
+        return self.q.shape
 
-def product(a: Quantised, b: Quantised) -> Tensor:
-    """a b^T [M, N]; a [M, K], b [N, K]. By torch._scaled_mm, on a GPU or a CPU."""
+    def __getitem__(self, sample: int) -> Quantised:
+        """The rows of one sample."""
+        return Quantised(self.q[sample], self.scale[sample], self.dtype)
+
+    def view(self, shape: Sequence[int]) -> Quantised:
+        """The rows in other leading dims."""
+        return Quantised(self.q.view(shape), self.scale.view(shape[:-1]), self.dtype)
+
+
+def product(a: Quantised, b: Quantised, *, bias_N: Tensor | None = None, out_MN: Tensor | None = None) -> Tensor:
+    """a b^T + bias [M, N], into a contiguous `out` if given; a [M, K], b [N, K]. By torch._scaled_mm, on a GPU or a CPU."""
     if a.scale.numel() == b.scale.numel() == 1:
         scales = a.scale[0], b.scale[0]
     else:
         scales = a.scale.expand(len(a.q)).contiguous()[:, None], b.scale.expand(len(b.q)).contiguous()[None]
-    return torch._scaled_mm(a.q, b.q.T, *scales, out_dtype=a.dtype, use_fast_accum=False)
+    how: dict[str, Any] = {"bias": bias_N, "out_dtype": a.dtype, "use_fast_accum": False}
+    if out_MN is not None:
+        how["out"] = out_MN
+    return torch._scaled_mm(a.q, b.q.T, *scales, **how)

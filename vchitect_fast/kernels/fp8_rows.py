@@ -3,7 +3,7 @@
     quantise      x [R, K] -> q [R, K] in e4m3, scale [R] in fp32, a power of two a row         reference.py's quantised_rows
     bias_gelu     the same of GELU (tanh) of x + bias, which is never written in 16 bits
     turn          q, scale -> qT [K, R up to a multiple of 16], scale [1]                       reference.py's turned
-A program owns one whole row in its registers, so its largest value is known before anything is written: K <= 16384.
+A program owns whole rows in its registers, so its largest value is known before anything is written: K <= 16384.
 Bytes: quantise 3 R K in 16 bits, bias_gelu the same, turn 2 R K; over the memory's speed that is the floor. Steps of a block
 without a gradient of their own.
 
@@ -35,21 +35,24 @@ def _rows_kernel(
     q_ptr,
     scale_ptr,
     stride_xr,
+    num_rows,
     num_columns,
     GELU: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    r = tl.program_id(0).to(tl.int64)
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     k = tl.arange(0, BLOCK_K)[None, :]
-    inside = k < num_columns
+    is_row, is_column = r < num_rows, k < num_columns
+    inside = is_row & is_column
     v = tl.load(x_ptr + r * stride_xr + k, mask=inside, other=0.0).to(tl.float32)
     if GELU:
-        z = v + tl.load(bias_ptr + k, mask=inside, other=0.0).to(tl.float32)  # 0 outside, and so is its GELU
+        z = v + tl.load(bias_ptr + k, mask=is_column, other=0.0).to(tl.float32)  # 0 outside, and so is its GELU
         v = z * gate(z)
     q, scale = quantised(v, INTERPRETED)
     tl.store(q_ptr + r * num_columns + k, q, mask=inside)
-    tl.store(scale_ptr + r + tl.zeros((1, 1), tl.int32), scale)
+    tl.store(scale_ptr + r, scale, mask=is_row)
 
 
 @triton.jit
@@ -81,11 +84,13 @@ def launch_rows(x_RK: Tensor, bias_K: Tensor | None = None) -> tuple[Tensor, Ten
     R, K = x_RK.shape
     q, scale = _fake_rows(x_RK)
     block = max(16, triton.next_power_of_2(K))
-    _rows_kernel[(R,)](
+    block_rows = tiles.fp8_block_rows(block)
+    _rows_kernel[(triton.cdiv(R, block_rows),)](
         *(x_RK, x_RK if bias_K is None else bias_K, q, scale),
-        *(x_RK.stride(0), K),
+        *(x_RK.stride(0), R, K),
         GELU=bias_K is not None,
         INTERPRETED=_check.interpreted(),
+        BLOCK_R=block_rows,
         BLOCK_K=block,
         num_warps=tiles.fp8_row_warps(block),
     )
@@ -156,13 +161,13 @@ def _check_rows(op: str, x_RK: Tensor) -> None:
 
 
 def aot_variants() -> list[Variant]:
-    """The widths that a block quantises at D = 1536: D, 3 D, 4 D (with GELU too) and 7 D; and the turning."""
+    """The widths that a block quantises at D = 1536: D, 3 D, 4 D (with GELU too) and 7 D; narrow rows; the turning."""
     variants = []
-    for K, gelu in [(1536, False), (4608, False), (6144, False), (6144, True), (10752, False)]:
+    for K, gelu in [(64, False), (1536, False), (4608, False), (6144, False), (6144, True), (10752, False)]:
         block = triton.next_power_of_2(K)
         signature = pointers("bf16:16", "x", "bias") | pointers("fp8e4nv:16", "q") | pointers("fp32:16", "scale")
-        signature |= {"stride_xr": "i32:16", "num_columns": "i32:16"}
-        constants = {"GELU": gelu, "INTERPRETED": False, "BLOCK_K": block}
+        signature |= {"stride_xr": "i32:16", "num_rows": "i32", "num_columns": "i32:16"}
+        constants = {"GELU": gelu, "INTERPRETED": False, "BLOCK_R": tiles.fp8_block_rows(block), "BLOCK_K": block}
         label = f"fp8_rows bf16 K={K}{' gelu' if gelu else ''}"
         variants.append(
             Variant(_rows_kernel, signature, constants, tiles.fp8_row_warps(block), label, first_cc=FIRST_CC)

@@ -28,7 +28,8 @@ from vchitect_fast.errors import UserError
 from vchitect_fast.kernels._op import rows as readable
 from vchitect_fast.model.block_layout import CONTEXT, GROUPS, STREAMS, Layout, Stream, layout_of
 from vchitect_fast.model.blocks import NORM_EPS, SPATIAL_WEIGHT, Block
-from vchitect_fast.model.steps import Steps, steps_of, wide
+from vchitect_fast.model.fp8_steps import fp8_steps_of
+from vchitect_fast.model.steps import Operand, Steps, steps_of, wide
 from vchitect_fast.plan import Policy
 
 Tensors = tuple[Tensor, ...]
@@ -45,18 +46,21 @@ def handwritten_block(
     temb_BD: Tensor,
     *,
     impl: str,
+    fp8: bool = False,
     policy: Policy = KEEP_ALL,
     hand_over: HandOver | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """What block(x, c, temb) returns; impl "triton" or "reference" names who computes the steps.
 
+    fp8        its linears in fp8 (fp8_steps.py)
     policy     its groups to recompute are not saved
     hand_over  a context to save in: the first saved tensors are of the groups that it is given by name, in that order
     """
     names, parameters = zip(*block.named_parameters(), strict=True)
     # One copy where rows lie as columns: those of the patch embedding.
     x_BTSD, c_BTND, temb_BD = map(readable, (x_BTSD, c_BTND, temb_BD))
-    layout, steps = layout_of(block, x_BTSD, c_BTND, temb_BD, names, policy), steps_of(impl)
+    layout = layout_of(block, x_BTSD, c_BTND, temb_BD, names, policy)
+    steps = fp8_steps_of(impl) if fp8 else steps_of(impl)
     steps.check(x_BTSD, c_BTND, layout.num_heads)
     with hand_over(layout.saved_groups()) if hand_over else nullcontext(), torch.cuda.device_of(x_BTSD):
         return _HandWritten.apply(layout, steps, x_BTSD, c_BTND, temb_BD, *parameters)
@@ -76,8 +80,9 @@ class _HandWritten(torch.autograd.Function):
         for i in at.streams:
             s, gate_mlp = STREAMS[i], m[i].chunk(6, dim=1)[5]
             n, y = _summed(steps, at, p, i, rows[i], branch[i], m[i])
-            pre[i] = hidden = F.linear(n, p[f"{s.first}.weight"])
-            outs[i] = F.linear(_gelu(steps, p, s, hidden), *_linear(p, s.second))
+            pre[i] = hidden = steps.linear(n, steps.operand(p[f"{s.first}.weight"]))
+            second, bias = _linear(p, s.second)
+            outs[i] = steps.linear(_gelu(steps, p, s, hidden), steps.operand(second), bias)
             steps.residual(y, outs[i], gate_mlp)
         groups = {
             "block_input": (x_BTSD, c_BTND),
@@ -148,7 +153,7 @@ def _first_norm(at: Layout, m: Tensors, i: int) -> tuple[int, int]:
     return (1, 0) if at.last and i == 1 else (0, 1)
 
 
-def _normed(steps: Steps, at: Layout, rows: Tensors, m: Tensors, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _normed(steps: Steps, at: Layout, rows: Tensors, m: Tensors, i: int) -> tuple[Operand, Tensor, Tensor, Tensor]:
     """norm(rows), its scale, mean and rstd."""
     D = rows[i].shape[-1]
     shift, scale = (m[i][:, j * D : (j + 1) * D] for j in _first_norm(at, m, i))
@@ -160,7 +165,7 @@ def _project(steps: Steps, at: Layout, p: dict[str, Tensor], rows: Tensors, m: T
     """The merged projections, [B, L, 7 D] of the visual and [B, L, 3 D] of the text rows."""
     normed = (_normed(steps, at, rows, m, i)[0] for i in range(2))
     linears = ([_side_by_side(p, names, kind) for kind in ("weight", "bias")] for names in at.projections)
-    return tuple(F.linear(n, *linear) for n, linear in zip(normed, linears, strict=True))
+    return tuple(steps.linear(n, steps.operand(w), b) for n, (w, b) in zip(normed, linears, strict=True))
 
 
 def _side_by_side(p: dict[str, Tensor], names: tuple[str, ...], kind: str) -> Tensor:
@@ -179,15 +184,16 @@ def _project_backward(
     found = []
     for i, names in enumerate(at.projections):
         n, scale, mean, rstd = _normed(steps, at, rows, m, i)
-        d = dqkv[i].flatten(0, 1)
-        dweights, dbiases = d.T @ n.flatten(0, 1), d.sum(0, dtype=wide(d))
+        weight, dbiases = _side_by_side(p, names, "weight"), dqkv[i].sum((0, 1), dtype=wide(dqkv[i]))
+        dweights, d, dn = torch.empty_like(weight), steps.operand(dqkv[i]), _over(n)
+        steps.weight_gradient(d, [n], dweights)
         for name, dweight, dbias in zip(names, dweights.chunk(len(names)), dbiases.chunk(len(names)), strict=True):
             grads[f"attn.{name}.weight"], grads[f"attn.{name}.bias"] = dweight, dbias
-        torch.mm(d, _side_by_side(p, names, "weight"), out=n.flatten(0, 1))  # n is no longer needed
-        sums = steps.norm_backward(n, rows[i], scale, mean, rstd, dys[i])
+        steps.input_gradient(d, steps.operand(weight), dn)
+        sums = steps.norm_backward(dn, rows[i], scale, mean, rstd, dys[i])  # dn is dx from here on
         for j, total in zip(_first_norm(at, m, i), sums, strict=False):
-            dm[i].unflatten(1, (-1, n.shape[-1]))[:, j] = total
-        found.append(n)
+            dm[i].unflatten(1, (-1, dn.shape[-1]))[:, j] = total
+        found.append(dn)
     return found
 
 
@@ -221,12 +227,12 @@ def _temporal(steps: Steps, at: Layout, qkv: Tensors) -> list[Tensor]:
 
 def _summed(
     steps: Steps, at: Layout, p: dict[str, Tensor], i: int, x: Tensor, branch: Tensor, m: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Operand, Tensor]:
     """norm(y) and y = x + gate branch_sum, which takes the last slot of the branch outputs."""
     _, _, gate, shift, scale, _ = m.chunk(6, dim=1)
     weight, bias = _merged(at, p, STREAMS[i])
     D, K = weight.shape
-    total = torch.addmm(bias, branch.flatten(0, 1)[:, :K], weight.T).view(x.shape)
+    total = steps.linear(steps.operand(branch[..., :K]), steps.operand(weight), bias)
     y = branch[..., -D:]
     n, _, _ = steps.residual_norm(x, total, gate, shift, scale, NORM_EPS, y)
     return n, y
@@ -287,30 +293,33 @@ def _stream_backward(
     D = m.shape[1] // 6
     outputs[0], y = outputs[0][..., :-D], outputs[0][..., -D:]
     n, mean, rstd = steps.norm(y, shift, scale, NORM_EPS)
-    first = p[f"{s.first}.weight"]
-    pre = F.linear(n, first) if pre is None else pre
+    weight, bias = _linear(p, s.first)
+    first = steps.operand(weight)
+    pre = steps.linear(n, first) if pre is None else pre
     h = _gelu(steps, p, s, pre)
-    total = dout.sum(1, dtype=wide(dout))
-    dweight, dbias, dgate_mlp = _gated_backward(steps, dout, [h], gate_mlp, _linear(p, s.second), total, h)
+    dh, total = _over(h), dout.sum(1, dtype=wide(dout))
+    dweight, dbias, dgate_mlp = _gated_backward(steps, dout, [h], gate_mlp, _linear(p, s.second), total, dh)
     grads[f"{s.second}.weight"], grads[f"{s.second}.bias"] = dweight, dbias
-    flat = h.flatten(0, 1)
-    grads[f"{s.first}.bias"] = steps.gelu_backward(flat, pre.flatten(0, 1), p[f"{s.first}.bias"])
-    grads[f"{s.first}.weight"] = flat.T @ n.flatten(0, 1)
-    torch.mm(flat, first, out=n.flatten(0, 1))  # dn over n
-    dshift, dscale, total = steps.norm_backward(n, y, scale, mean, rstd, dout)  # n is dy from here on
+    grads[f"{s.first}.bias"], dpre = steps.gelu_backward(dh.flatten(0, 1), pre.flatten(0, 1), bias)
+    grads[f"{s.first}.weight"] = torch.empty_like(weight)
+    steps.weight_gradient(dpre, [n], grads[f"{s.first}.weight"])
+    dy = _over(n)
+    steps.input_gradient(dpre, first, dy)
+    dshift, dscale, total = steps.norm_backward(dy, y, scale, mean, rstd, dout)  # dy is one from here on
     merged = _merged(at, p, s)
-    dbranch = n.new_empty(*n.shape[:2], merged[0].shape[1])
-    dmerged, dbias, dgate = _gated_backward(steps, n, outputs, gate, merged, total, dbranch)
+    dbranch = dy.new_empty(*dy.shape[:2], merged[0].shape[1])
+    parts = [steps.operand(x) for x in outputs]
+    dmerged, dbias, dgate = _gated_backward(steps, dy, parts, gate, merged, total, dbranch)
     _merged_backward(at, p, s, dmerged, dbias, grads)
     for j, value in enumerate((dgate, dshift, dscale, dgate_mlp)):
         dm.unflatten(1, (6, -1))[:, 2 + j] = value
-    return n, dbranch
+    return dy, dbranch
 
 
 def _gated_backward(
     steps: Steps,
     d_BLD: Tensor,
-    x_BLK: Sequence[Tensor],
+    x_BLK: Sequence[Operand],
     gate_BD: Tensor,
     linear: tuple[Tensor, Tensor],
     total_BD: Tensor,
@@ -320,17 +329,16 @@ def _gated_backward(
 
     x in parts whose columns follow each other.
     """
-    weight, bias = linear
+    (weight, bias), d = linear, steps.operand(d_BLD)
     gated, dgate = torch.empty_like(weight), torch.empty_like(total_BD)
     dweight: Tensor | None = None
     for b in range(d_BLD.shape[0]):
         product = torch.empty_like(weight)
-        for x, part in zip(x_BLK, product.split([x.shape[-1] for x in x_BLK], dim=1), strict=True):
-            torch.mm(d_BLD[b].T, x[b], out=part)
+        steps.weight_gradient(d[b], [x[b] for x in x_BLK], product)
         if dweight is None:  # of several samples the sum is wide
             dweight = product if len(d_BLD) == 1 else torch.empty_like(product, dtype=total_BD.dtype)
         steps.gate_weights(product, weight, gate_BD[b], gated, dweight, dgate[b], b > 0)
-        torch.mm(d_BLD[b], gated, out=dx_BLK[b])
+        steps.input_gradient(d[b], steps.operand(gated), dx_BLK[b])
     assert dweight is not None
     return dweight, (gate_BD * total_BD).sum(0), dgate.addcmul_(total_BD, bias.to(total_BD.dtype))
 
@@ -372,7 +380,12 @@ def _merged_backward(
     grads[f"{s.out}.weight"], grads[f"{s.out}.bias"] = dWo, dbias
 
 
-def _gelu(steps: Steps, p: dict[str, Tensor], s: Stream, pre_BLK: Tensor) -> Tensor:
+def _over(x: Operand) -> Tensor:
+    """Room for a gradient of x that may take the place of x: in fp8 its bytes do not suffice."""
+    return x if isinstance(x, Tensor) else x.q.new_empty(x.q.shape, dtype=x.dtype)
+
+
+def _gelu(steps: Steps, p: dict[str, Tensor], s: Stream, pre_BLK: Tensor) -> Operand:
     return steps.gelu(pre_BLK.flatten(0, 1), p[f"{s.first}.bias"]).view(pre_BLK.shape)
 
 

@@ -12,7 +12,7 @@ K columns of the MLP, H heads, C head dim.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
@@ -22,9 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vchitect_fast.kernels._check import is_reference
+from vchitect_fast.kernels.fp8 import Quantised
 from vchitect_fast.kernels.reference import rotary_tables, rotate, split
 
 Tensors = tuple[Tensor, ...]
+Operand = Tensor | Quantised  # what a product reads: rows as they are, or in fp8
+PRODUCTS = ("operand", "linear", "input_gradient", "weight_gradient")  # torch's GEMM, whoever computes the rest
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,17 @@ class Steps:
     """The functions by name; their arguments stand below, in the plain ones."""
 
     check: Callable[[Tensor, Tensor, int], None]
-    norm: Callable[..., Tensors]
+    norm: Callable[..., tuple[Operand, Tensor, Tensor]]
     norm_backward: Callable[..., Tensor]
-    residual_norm: Callable[..., Tensors]
+    residual_norm: Callable[..., tuple[Operand, Tensor, Tensor]]
     residual: Callable[..., None]
     gate_weights: Callable[..., None]
-    gelu: Callable[..., Tensor]
-    gelu_backward: Callable[..., Tensor]
+    gelu: Callable[..., Operand]
+    gelu_backward: Callable[..., tuple[Tensor, Operand]]
+    operand: Callable[[Tensor], Operand]
+    linear: Callable[..., Tensor]
+    input_gradient: Callable[..., None]
+    weight_gradient: Callable[..., None]
     spatial_attention: Callable[..., Tensor]
     spatial_backward: Callable[..., None]
     temporal_attention: Callable[..., None]
@@ -54,7 +61,7 @@ def steps_of(impl: str) -> Steps:
     if not is_reference(impl):
         from vchitect_fast.kernels import block_steps  # Triton is imported where it is first asked for
 
-        source = vars(block_steps)
+        source = {name: source[name] for name in PRODUCTS} | vars(block_steps)
     return Steps(**{field.name: source[field.name] for field in fields(Steps)})
 
 
@@ -120,14 +127,35 @@ def gelu(pre_RK: Tensor, bias_K: Tensor) -> Tensor:
     return F.gelu(pre_RK + bias_K, approximate="tanh")
 
 
-def gelu_backward(dh_RK: Tensor, pre_RK: Tensor, bias_K: Tensor) -> Tensor:
-    """dh becomes dpre; returns dbias."""
+def gelu_backward(dh_RK: Tensor, pre_RK: Tensor, bias_K: Tensor) -> tuple[Tensor, Tensor]:
+    """dh becomes dpre; returns dbias, and dpre as products read it."""
     z = (pre_RK + bias_K).to(wide(pre_RK))
     gate = torch.sigmoid(2 * math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))
     slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z**2)
     dpre = dh_RK * (gate + 2 * z * gate * (1 - gate) * slope)
     dh_RK.copy_(dpre)
-    return dpre.sum(0)
+    return dpre.sum(0), dh_RK
+
+
+def operand(x: Tensor) -> Tensor:
+    """Rows, or a weight [columns out, columns in], as the three products below read them."""
+    return x
+
+
+def linear(x: Tensor, weight_DK: Tensor, bias_D: Tensor | None = None) -> Tensor:
+    """x W^T + b; x [..., K]."""
+    return F.linear(x, weight_DK, bias_D)
+
+
+def input_gradient(d: Tensor, weight_DK: Tensor, out: Tensor) -> None:
+    """Write d W; d [..., D], out [..., K], contiguous."""
+    torch.mm(d.flatten(0, -2), weight_DK, out=out.view(-1, out.shape[-1]))
+
+
+def weight_gradient(d: Tensor, parts: Sequence[Tensor], out_DK: Tensor) -> None:
+    """Write d^T x, summed over the rows; d [..., D], x in parts [..., K_i] whose columns follow each other."""
+    for x, out in zip(parts, out_DK.split([x.shape[-1] for x in parts], dim=1), strict=True):
+        torch.mm(d.flatten(0, -2).T, x.flatten(0, -2), out=out)
 
 
 def spatial_attention(visual: Tensors, text: Tensors, outs: Tensors) -> Tensor:

@@ -73,6 +73,7 @@ class VchitectTransformer(nn.Module):
         self.saving = Saving()
         self.attention_backend = dict(SDPA)
         self.kernels: str | None = None
+        self.fp8 = False
         self.num_chunks = 1
         self._chose_kernels = False
         self._shard: _Shard | None = None
@@ -149,17 +150,25 @@ class VchitectTransformer(nn.Module):
             self._refuse_sharded(num_chunks, self.kernels)
         self.num_chunks = num_chunks
 
-    def set_kernels(self, impl: str | None) -> None:
-        """Who computes a block: None = the modules of blocks.py, "triton" or "reference" = handwritten.py on those steps."""
+    def set_kernels(self, impl: str | None, *, fp8: bool = False) -> None:
+        """Who computes a block: None = the modules of blocks.py, "triton" or "reference" = handwritten.py on those steps.
+
+        fp8  the linears of every block in fp8, forward and backward (fp8_steps.py); of handwritten.py only
+        """
         if impl not in (None, "triton", "reference"):
             raise unknown_name("kernels", str(impl), ("triton", "reference"))
+        if fp8 and not impl:
+            raise UserError(
+                'fp8 linears are those of the hand-written block, got kernels None; set_kernels("triton", fp8=True) on a GPU, '
+                '"reference" elsewhere.'
+            )
         if impl and self.num_chunks > 1:
             raise UserError(
                 f"kernels {impl!r} compute whole blocks, this model has {self.num_chunks} chunks; set_chunks(1) first."
             )
         if self._shard:
             self._refuse_sharded(self.num_chunks, impl)
-        self.kernels, self._chose_kernels = impl, True
+        self.kernels, self.fp8, self._chose_kernels = impl, fp8, True
 
     def _sharding(self, num_visual: int, num_text: int) -> Sharding:
         """What this rank has of a forward over S visual and N text tokens a frame."""
@@ -199,7 +208,7 @@ class VchitectTransformer(nn.Module):
             if kernels and self.num_chunks == 1:
 
                 def by_hand(x: Tensor, c: Tensor, temb: Tensor, block: Block = block, **how: Any) -> Any:
-                    instead = partial(handwritten_block, impl=kernels, **how)
+                    instead = partial(handwritten_block, impl=kernels, fp8=self.fp8, **how)
                     return block(x, c, temb, self.attention_backend, instead=instead)
 
                 with span("forward/block"):
