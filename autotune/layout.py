@@ -80,7 +80,9 @@ class Problem:
     def workload(self, layout: Layout) -> Workload:
         """One microbatch, on the fullest of the ranks that share it."""
         axis = "tokens" if layout.shard.axis == "tokens" else "frames"
-        return Workload(self.config, self.shape, layout.microbatch, self.num_text_tokens, layout.sp, axis)
+        return Workload(
+            self.config, self.shape, layout.microbatch, self.num_text_tokens, layout.sp, axis, layout.num_chunks
+        )
 
     def sp_group(self, layout: Layout) -> Group:
         """Ranks that share a sample."""

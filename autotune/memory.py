@@ -4,7 +4,7 @@
     gradients = fp32, a block's appear as its backward runs (with accumulation all are there from the second microbatch)
     saved     = Workload.saved_bytes_per_block of every kept block; of a recomputed one only its input; under given Policies
                 what offload.policy says is kept, and on a CPU the offload pool too, which is the same memory there
-    working   = gradients between the ops of the block in backward
+    working   = gradients between the ops of the block in backward; of a block in chunks all that is there of it
 
 Backward frees what a block saved while its gradients appear, so four kinds of moment compete: the end of forward, and in
 each block's backward the text MLP, the visual MLP and the end. Autograd runs the text stream first, it was recorded last.
@@ -33,6 +33,12 @@ MLP_WORKING = (
 MLP_SAVED = 10  # of a stream's MLP, freed when it is done: 4D twice, gated output, modulated input
 STREAM_WORKING = 2  # gradients of a block's output and of its inner residual, both streams
 BLOCK_END_WORKING = 4  # at the attention's projections: gradients of q, k, v summing into that of their input
+# Of a block in chunks, its input included: [rows, D] of visual and text at full length, and of the largest chunk. Full are the
+# input, the temporal outputs, the inner residual or its gradient, and gradients of inputs; counted by tests/autotune/test_chunks.py
+IN_CHUNKS = {"text MLP": (4, 5, 0, 16), "visual MLP": (5, 3, 16, 0), "attention": (5, 5, 16, 15)}
+IN_CHUNKS_LAST = {"visual MLP": (5, 1, 16, 0), "attention": (5, 2, 16, 12)}
+BY_POSITION = (4, 2, 14, 0)  # the temporal branch, whose chunks are of positions; its rotary is in fp32
+CHUNK_GRADIENTS, CHUNK_GRADIENTS_LAST = 27, 25  # D x D: the attention's sum over chunks, and those of one chunk
 
 
 @dataclass(frozen=True)
@@ -161,8 +167,15 @@ def moments(
     for index in reversed(range(layers)):
         last = index == layers - 1
         own = gradients_of[last]
-        mlp = 0 if last or num_shards > 1 else 4 * 8 * d * d  # in shards, a part of the whole block
+        one_mlp = 0 if num_shards > 1 else 4 * 8 * d * d  # in shards, a part of the whole block
+        mlp = 0 if last else one_mlp
         before -= held[index]
+        if work.num_chunks > 1:
+            after = {"visual MLP": mlp, "attention": mlp + one_mlp}
+            for phase, working in _in_chunks(work, element_bytes, last, num_shards).items():
+                found.append(moment(phase, index, done + after.get(phase, 0), before, working))
+            done += own
+            continue
         again = whole[index] - held[index]
         if not last:
             working = again + MLP_WORKING * text + STREAM_WORKING * joint
@@ -174,3 +187,21 @@ def moments(
         found.append(moment("attention", index, done + own, rest, BLOCK_END_WORKING * joint))
         done += own
     return found
+
+
+def _in_chunks(work: Workload, element_bytes: int, last: bool, num_shards: int) -> dict[str, int]:
+    """Bytes that are there in the backward of one block in chunks, by moment; in shards gradients are counted elsewhere."""
+    size, k = element_bytes * work.config.hidden_dim, work.num_chunks
+    tokens = work.shape.tokens_per_frame(work.config.patch_size)
+
+    def total(numbers: tuple[int, int, int, int], length: int) -> int:
+        share = -(-length // k) / length  # of the largest chunk
+        visual, text = (
+            rows * (whole + share * chunk)
+            for rows, whole, chunk in zip((work.visual_rows, work.text_rows), numbers[:2], numbers[2:], strict=True)
+        )
+        return int(size * (visual + text))
+
+    found = {n: total(numbers, work.num_frames) for n, numbers in (IN_CHUNKS_LAST if last else IN_CHUNKS).items()}
+    summed = 0 if num_shards > 1 else (CHUNK_GRADIENTS_LAST if last else CHUNK_GRADIENTS) * work.config.hidden_dim
+    return found | {"attention": max(found["attention"], total(BY_POSITION, tokens)) + size * summed}

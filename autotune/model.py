@@ -132,7 +132,8 @@ class StepModel:
         """What is made again is part of the measured backward."""
         if not self.calibration:
             return found
-        return replace(found, again_s=found.again_s * self.calibration.backward / self.calibration.forward)
+        behind_s = (found.again_s - found.ahead_s) * self.calibration.backward / self.calibration.forward
+        return replace(found, again_s=found.ahead_s + behind_s)
 
     def predict(self, layout: Layout, policies: Sequence[Policy]) -> Outcome:
         """Time and memory of a step; one Policy a block."""
@@ -333,9 +334,9 @@ class StepModel:
             return sum(line.exposed_s(name) + (times - 1) * other.exposed_s(name) for name in streams)
 
         return StepCost(
-            forward_s=times * work.forward_s,
+            forward_s=times * (work.forward_s + sum(item.ahead_s for item in chosen)),
             backward_s=times * work.backward_s + accumulation_seconds(workload, self.rates, self.dtype, times),
-            recompute_s=times * sum(item.again_s for item in chosen),
+            recompute_s=times * sum(item.again_s - item.ahead_s for item in chosen),
             optimizer_s=(self.calibration.optimizer if self.calibration else 1.0)
             * optimizer_seconds(workload, self.rates, self.dtype, ema=self.problem.ema, num_shards=layout.num_shards),
             exchange_s=exposed("exchange"),

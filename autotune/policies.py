@@ -31,7 +31,7 @@ from vchitect_fast.autotune.sketch import Limit, Sketch
 from vchitect_fast.autotune.space import PREFETCH_DEPTHS
 from vchitect_fast.autotune.ways import Way
 from vchitect_fast.offload.policy import offloads
-from vchitect_fast.plan import RECOMPUTE, Policy
+from vchitect_fast.plan import Policy
 
 if TYPE_CHECKING:
     from vchitect_fast.autotune.cost import StepCost
@@ -87,18 +87,14 @@ class Blocks:
         everything = model.ways(layout)
         self.way = [{way.policy: way for way in ways} for ways in everything]  # of a first, a middle, a last block
         first, self.middle, self.last = (
-            dominant(_allowed(ways, copies, layout.num_chunks > 1)) for ways in everything
+            dominant(_allowed(ways, copies)) for ways in everything
         )  # the first of each keeps everything
         kinds = [Kind(1, first), Kind(layers - 2, self.middle)] if layers > 1 else []
         self.kinds = [kind for kind in (*kinds, Kind(1, self.last)) if kind.number]
 
 
-def _allowed(ways: Sequence[Way], copies: bool, in_chunks: bool) -> list[Way]:
-    found = []
-    for way in ways:
-        groups = {way.policy.qkv, way.policy.branch_out, way.policy.mlp_pre, way.policy.stats}
-        if (copies or not way.moved_bytes) and (not in_chunks or way.policy == WHOLE or groups == {RECOMPUTE}):
-            found.append(way)
+def _allowed(ways: Sequence[Way], copies: bool) -> list[Way]:
+    found = [way for way in ways if copies or not way.moved_bytes]
     return sorted(found, key=lambda way: way.policy != WHOLE)
 
 

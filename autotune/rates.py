@@ -186,6 +186,12 @@ class DeclaredRates:
         )
 
 
+def added_seconds(device: Device, what: str) -> Seconds:
+    """Host time that a "checkpoint" or a "frame" adds to one block of the model; none where nobody measured it."""
+    timing = next((timing for timing in device.timings if timing.op == what), None)
+    return Seconds(timing.forward_s, timing.backward_s or 0.0) if timing else Seconds(0.0, 0.0)
+
+
 def rates_of(device: Device) -> Rates | DeclaredRates:
     """Measured rates where the device has timings, declared ones otherwise."""
     if device.timings or not device.matmul_flops:

@@ -92,7 +92,9 @@ class Microbatch:
 
     def _forward(self, block: int) -> None:
         gathered = self._gather(block, self.forward_end[block - 2] if block > 1 else -1)
-        self._branches(block, "forward", self._forward_seconds(block), (gathered,), True, True)
+        parts = self._forward_seconds(block)
+        parts["behind"] += self.chosen[block].ahead_s
+        self._branches(block, "forward", parts, (gathered,), True, True)
         self.forward_end[block] = self.last_compute
         if self.chosen[block].moved_bytes:
             seconds = self.prices.out_s[block]
@@ -152,7 +154,7 @@ class Microbatch:
         if block:  # on its way while this block's backward runs, before this block's gradients are reduced
             self._gathered[block - 1] = self._gather(block - 1, self.last_compute)
         needs = (self._gathered[block], self.in_task[block])
-        if chosen.again_s:
+        if chosen.again_s > chosen.ahead_s:
             self._again(block, chosen, needs)
         self._behind(block, needs)
         self.backward_end[block] = self.last_compute
@@ -165,7 +167,9 @@ class Microbatch:
         sends_in, sends_out = policy.qkv == RECOMPUTE, policy.branch_out == RECOMPUTE
         seconds = self._forward_seconds(block)
         whole = sum(seconds.values())
-        share = {part: value * chosen.again_s / whole if whole else 0.0 for part, value in seconds.items()}
+        share = {
+            part: value * (chosen.again_s - chosen.ahead_s) / whole if whole else 0.0 for part, value in seconds.items()
+        }
         self._branches(block, "recompute", share, needs, sends_in, sends_out)
 
     def _behind(self, block: int, needs: Sequence[int]) -> None:

@@ -28,16 +28,20 @@ POLICIES = tuple(  # every one that spares something: attention's outputs and th
 )
 
 
+CHUNKED = tuple(policy for policy in POLICIES if policy.qkv == policy.branch_out == policy.mlp_pre == RECOMPUTE)
+
+
 @dataclass(frozen=True)
 class Way:
     """One block's choice and its price."""
 
     policy: Policy
-    again_s: float  # compute that backward does a second time
+    again_s: float  # that the Policy adds: compute that backward does a second time, and what saving costs the host
     kept_bytes: int  # stay on the device between forward and backward
     moved_bytes: int  # go to host memory and come back
     host_bytes: int  # of the pool, whole slots
     working_bytes: int  # on the device beside what is kept, only while this block is in backward
+    ahead_s: float = 0.0  # of again_s, in forward
 
 
 def way(
@@ -64,13 +68,20 @@ def way(
     for group, names in MADE_AGAIN.items():
         again += names if getattr(done, group) == RECOMPUTE else ()
     slots = sum(-(-size // SLOT_BYTES) * SLOT_BYTES for size in moved)
-    return Way(policy, parts.sum(*again).forward_s, kept, sum(moved), slots, max(0, whole - kept))
+    framed = not done.qkv == done.branch_out == done.mlp_pre == RECOMPUTE  # as offload/hooks.py decides
+    host = parts.frame if framed else parts.checkpoint
+    again_s = parts.sum(*again).forward_s + host.forward_s + host.backward_s
+    return Way(policy, again_s, kept, sum(moved), slots, max(0, whole - kept), host.forward_s)
 
 
 def ways(work: Workload, parts: BlockSeconds, block: int, dtype: str, device_kind: str, shard: ShardSpec) -> list[Way]:
-    """Of every Policy, for one block; of the last block of those that offload nothing, the others are the same there."""
+    """Of every Policy that the runtime has, for one block: in chunks it keeps everything or recomputes all but the input.
+
+    Of the last block of those that offload nothing, the others are the same there.
+    """
     last = block == work.config.num_layers - 1
-    asked = (policy for policy in POLICIES if not (last and offloads(policy)))
+    several = (Policy.keep(), *CHUNKED) if work.num_chunks > 1 else POLICIES
+    asked = (policy for policy in several if not (last and offloads(policy)))
     whole = way(work, parts, Policy.keep(), block, dtype, device_kind, shard).kept_bytes
     return [way(work, parts, policy, block, dtype, device_kind, shard, whole) for policy in asked]
 

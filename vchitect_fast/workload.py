@@ -22,8 +22,9 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 class Workload:
     """One microbatch: `batch` samples of `shape` with `num_text_tokens` text tokens each.
 
-    sp    ranks that share each sample
-    axis  what they share: "frames", or "tokens" (visual and text each by themselves)
+    sp          ranks that share each sample
+    axis        what they share: "frames", or "tokens" (visual and text each by themselves)
+    num_chunks  pieces in which each block is computed (model/chunks.py)
     """
 
     config: TransformerConfig
@@ -32,6 +33,7 @@ class Workload:
     num_text_tokens: int
     sp: int = 1
     axis: str = "frames"
+    num_chunks: int = 1
 
     @property
     def num_frames(self) -> int:
@@ -101,6 +103,17 @@ class Workload:
         softmax = 4 * 3 * config.num_attention_heads * self.rows  # fp32 log-sum-exp of each branch
         rotary = 4 * self.shape.num_frames * config.attention_head_dim  # fp32 cos and sin
         return element_bytes * (d * rows + modulation) + (statistics_bytes or element_bytes) * norms + softmax + rotary
+
+    def chunked_saved_bytes(self, element_bytes: int, *, first: bool = False, last: bool = False) -> int:
+        """Bytes that one block of model/chunks.py saves for backward when it keeps everything, in any number of chunks.
+
+        In units of [rows, D]: its input, the temporal outputs and the inner residual; the last block has no text behind its
+        input. `first`: its text is one row set a sample. Beside them the modulation of both streams, SiLU of temb, and temb.
+        """
+        text = 0 if last else 2 * self.text_rows
+        text += self.batch * self.num_text_tokens if first else self.text_rows
+        modulation = (11 if last else 15) * self.batch
+        return element_bytes * self.config.hidden_dim * (3 * self.visual_rows + text + modulation)
 
     def handwritten_saved_bytes(
         self, element_bytes: int, *, first: bool = False, last: bool = False, recomputed: Collection[str] = ()

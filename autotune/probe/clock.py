@@ -47,6 +47,12 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def now_s(device: torch.device) -> float:
+    """The clock, once the device has done what was asked of it."""
+    synchronize(device)
+    return time.perf_counter()
+
+
 class Clock:
     """Times a function: median of several samples, each long enough for the clock.
 
@@ -91,10 +97,8 @@ class Clock:
         return summary([self._sample(work, kept, inner) / inner for _ in range(number)])
 
     def _sample(self, work: Callable[[int], object], kept: list[object], calls: int) -> float:
-        synchronize(self.device)
-        start = time.perf_counter()
+        start_s = now_s(self.device)
         for _ in range(calls):
             self._turn = (self._turn + 1) % len(kept)
             kept[self._turn] = work(self._turn)
-        synchronize(self.device)
-        return time.perf_counter() - start
+        return now_s(self.device) - start_s

@@ -1,4 +1,4 @@
-"""Times what a block of the model is made of: linear layers, attention, elementwise passes, and the optimizer.
+"""Times what a block of the model is made of: linear layers, attention, elementwise passes, saving, and the optimizer.
 
 At several sizes, since efficiency depends on size and most on a CPU; sizes held out of the fit tell how well interpolation
 between the others works. A Device with its timings comes out. Links, ranks and data are measured beside it. Needs torch.
@@ -20,6 +20,7 @@ from vchitect_fast.architecture import preset
 from vchitect_fast.attention import rotary_tables, rotate
 from vchitect_fast.autotune.probe.bar import Bar
 from vchitect_fast.autotune.probe.clock import Clock
+from vchitect_fast.autotune.probe.saving import measure_saving
 from vchitect_fast.autotune.rates import Rates
 from vchitect_fast.cluster import Device, Timing
 from vchitect_fast.machine import resident_bytes
@@ -75,7 +76,7 @@ def measure_ops(found: Device, device: torch.device, grid: Grid, bar: Bar) -> De
         for held_out, measure in points:
             measured.append((held_out, measure()))
             advance()
-    timings = tuple(timing for held_out, timing in measured if not held_out)
+    timings = (*(timing for held_out, timing in measured if not held_out), *measure_saving(device))
     view = next(timing for timing in timings if timing.op == "view")
     result = replace(
         found,

@@ -27,7 +27,7 @@ from vchitect_fast.shapes import VideoShape
 
 SHAPE = VideoShape(8, 96, 64)
 PRODUCTS = SimpleNamespace(  # rates by which a product takes its FLOPs in seconds, and all else nothing
-    device=SimpleNamespace(kind="cpu", op_overhead_s=0.0),
+    device=SimpleNamespace(kind="cpu", op_overhead_s=0.0, timings=()),
     linear=lambda dtype, rows, d_in, d_out: Seconds(2.0 * rows * d_in * d_out, 0.0),
     attention=lambda *_: NONE,
     elementwise=lambda *_: NONE,

@@ -1,8 +1,9 @@
 """What a Policy means in bytes, and other spellings of it: pure functions, no torch.
 
 A block of which nothing is recomputed or offloaded keeps whatever autograd saves (Workload.saved_bytes_per_block). Any other
-block saves the five groups, each kept, offloaded or recomputed, and recomputes the cheap work between them. Letters as in
-workload.py. `keep_last` blocks at the end are never offloaded: backward needs them at once.
+block saves the five groups, each kept, offloaded or recomputed, and recomputes the cheap work between them. In chunks a
+block that keeps everything keeps little (Workload.chunked_saved_bytes). Letters as in workload.py. `keep_last` blocks at
+the end are never offloaded: backward needs them at once.
 
 Where `work` is one rank's share of a sample, `shard` says what the ranks exchange (parallel/sequence.py): what comes from
 others belongs to `qkv` and `branch_out` and is saved like the rest. All is of the first rank, the fullest. Without `shard`
@@ -71,7 +72,9 @@ def offloads(policy: Policy) -> bool:
 def share_of(plan: Plan, entry: PlanEntry, config: TransformerConfig) -> Workload:
     """One rank's share of a microbatch of `entry`."""
     axis = "tokens" if entry.shard.axis == "tokens" else "frames"
-    return Workload(config, entry.video_shape, entry.microbatch, plan.num_text_tokens, plan.mesh["sp"], axis)
+    return Workload(
+        config, entry.video_shape, entry.microbatch, plan.num_text_tokens, plan.mesh["sp"], axis, entry.num_chunks
+    )
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,9 @@ def block_bytes(
     last, row = block == config.num_layers - 1, size * config.hidden_dim
     sent = Resharded.of(work, shard, last=last) if shard and shard.axis != "batch" and work.sp > 1 else None
     text_input = work.text_rows // work.num_frames if block == 0 else work.text_rows
+    if policy == Policy.keep() and work.num_chunks > 1:
+        whole = work.chunked_saved_bytes(size, first=block == 0, last=last)
+        return [GroupBytes(block, WHOLE, KEEP, (whole,))]
     if policy == Policy.keep():
         statistics = size if device_kind == "cpu" else 4
         whole = work.saved_bytes_per_block(size, last=last, statistics_bytes=statistics)
