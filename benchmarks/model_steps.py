@@ -11,7 +11,6 @@ NEVER RUN on a GPU so far. Exit code 1 when a shape failed, 2 without a GPU.
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,7 @@ import torch
 from vchitect_fast.architecture import preset
 from vchitect_fast.autotune.verify import build_step, measure_entry
 from vchitect_fast.benchmarks.goals import STEP
-from vchitect_fast.benchmarks.planner import POLICIES
+from vchitect_fast.benchmarks.planner import POLICIES, give_up
 from vchitect_fast.benchmarks.record import BOTH, Record, append, origin
 from vchitect_fast.ema import EMA
 from vchitect_fast.machine import this_device
@@ -86,11 +85,7 @@ def first_that_fits(step_once: Step, cases: Cases, text: str) -> tuple[str, dict
         except torch.OutOfMemoryError:
             if name == LAST:
                 raise
-        # Outside of `except`: until here the error holds the frames of the step, and they its tensors.
-        for parameter in (*step_once.model.parameters(), *step_once.optimizer.masters.values()):
-            parameter.grad = None
-        gc.collect()
-        torch.cuda.empty_cache()
+        give_up(step_once)
     raise AssertionError("the ladder has steps")
 
 

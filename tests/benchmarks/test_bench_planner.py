@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from ledgers import pair
 from made_up_device import cluster as made_up_cluster
 
@@ -24,6 +25,7 @@ from vchitect_fast.benchmarks.record import load
 from vchitect_fast.cluster import Cluster, Device
 from vchitect_fast.errors import UserError
 from vchitect_fast.machine import resident_bytes, this_device
+from vchitect_fast.plan import Policy
 
 NANO = Cases(
     preset("vchitect-nano"), "float32", 4, ("2x32x32", "4x32x32"), ("keep", "recompute"), num_rounds=2, num_steps=1
@@ -115,6 +117,27 @@ def test_every_prediction_is_written_before_the_first_step(tmp_path: Path, monke
     assert all(item.found.num_steps == 2 for item in ledger.pairs())
 
 
+def test_a_point_whose_memory_runs_out_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, given_up = planner.measure_entry, []
+
+    def small(step_once, entry, num_steps, num_warm_up):
+        found = real(step_once, entry, num_steps, num_warm_up)
+        if entry.shape == "4x32x32" and entry.policy[0] == Policy.keep():
+            next(step_once.model.parameters()).grad = torch.zeros_like(next(step_once.model.parameters()))
+            raise torch.OutOfMemoryError("made up")
+        given_up.append(all(p.grad is None for p in step_once.model.parameters()))
+        return found
+
+    monkeypatch.setattr(planner, "measure_entry", small)
+    plans, _ = predictions(NANO, here(made_up_cluster().device))
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    found = measure(NANO, plans, ledger)
+    shapes = {name: [item.expected.shape for item in group] for name, group in found.items()}
+    assert shapes == {"keep": ["2x32x32"], "recompute": ["2x32x32", "4x32x32"]}
+    assert len(ledger.open()) == 1 and len(ledger.pairs()) == 3  # the prediction of the fourth stands alone
+    assert all(given_up)
+
+
 def test_the_command_measures_scores_and_appends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +161,9 @@ def test_the_command_measures_scores_and_appends(
     ]
     [first, *_] = Ledger(tmp_path / "l.jsonl").pairs()
     assert records[0].rate == pytest.approx(first.expected.predicted.step_s / first.found.measured["step_s"])
+    planner.main([*files, "--shapes", "1", "--rounds", "1"])
+    assert len(load(tmp_path / "r.jsonl")) == 6
+    assert load(tmp_path / "r.jsonl")[-1].command.endswith("--shapes 1 --rounds 1")
     planner.main(files)
     text = capsys.readouterr().out
     assert "step time, mean error" in text and "not judged: the goal is for an H100" in text
