@@ -121,11 +121,11 @@ def test_a_point_whose_memory_runs_out_stops_no_other(tmp_path: Path, monkeypatc
     real, given_up = planner.measure_entry, []
 
     def small(step_once, entry, num_steps, num_warm_up):
+        given_up.append(all(p.grad is None for p in step_once.model.parameters()))
         found = real(step_once, entry, num_steps, num_warm_up)
         if entry.shape == "4x32x32" and entry.policy[0] == Policy.keep():
             next(step_once.model.parameters()).grad = torch.zeros_like(next(step_once.model.parameters()))
             raise torch.OutOfMemoryError("made up")
-        given_up.append(all(p.grad is None for p in step_once.model.parameters()))
         return found
 
     monkeypatch.setattr(planner, "measure_entry", small)
