@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from vchitect_fast.autotune.bounds import fits
 from vchitect_fast.autotune.layout import Layout, Problem
 from vchitect_fast.autotune.memory import GIB
-from vchitect_fast.autotune.space import divisors, shard_specs
+from vchitect_fast.autotune.space import divisors, most_chunks, shard_specs
 from vchitect_fast.errors import UserError
 from vchitect_fast.plan import OFFLOAD, RECOMPUTE, Policy
 
@@ -91,18 +91,19 @@ def _more(other: Outcome, best: Outcome) -> list[str]:
         if more_s > LIKE * best.cost.step_s:
             said.append(PARTS.get(name, name))
     if compute > LIKE * best.cost.step_s:
-        a, b = other.layout.microbatch, best.layout.microbatch
-        said.append(
-            "smaller microbatches"
-            if a < b
-            else "larger microbatches"
-            if a > b
-            else "uneven shares or text projected twice"
-        )
+        said.append(_more_compute(other.layout, best.layout))
     if not said:  # nothing stands out: what there is most of
         name = max(longer, key=lambda item: longer[item])
         said = [f"mostly {PARTS.get(name, name)}"] if longer[name] > 0 else []
     return said[:3]
+
+
+def _more_compute(other: Layout, best: Layout) -> str:
+    if other.num_chunks > best.num_chunks:
+        return "chunks are computed again" if best.num_chunks == 1 else "smaller chunks"
+    if other.microbatch != best.microbatch:
+        return f"{'smaller' if other.microbatch < best.microbatch else 'larger'} microbatches"
+    return "uneven shares or text projected twice"
 
 
 def runners_up(seen: Iterable[Outcome], best: Outcome, limits: Limits) -> tuple[dict[str, Any], ...]:
@@ -136,7 +137,7 @@ def _kind(outcome: Outcome, best: Outcome) -> tuple[Any, ...]:
     if layout.mesh != best.layout.mesh and layout.sp != best.layout.sp:
         return layout.sp, layout.shard
     doing = tuple(num_doing(action, policies) > 0 for action in (RECOMPUTE, OFFLOAD))
-    return layout.sp, layout.shard, layout.mesh == best.layout.mesh, layout.microbatch, layout.num_chunks, doing
+    return layout.sp, layout.shard, layout.mesh == best.layout.mesh, layout.microbatch, layout.num_chunks > 1, doing
 
 
 def _rank(outcome: Outcome) -> tuple[float, int]:
@@ -151,10 +152,14 @@ def _gib(num_bytes: float) -> str:
 
 
 def leanest_of(model: Model, several: Iterable[Layout]) -> Outcome:
-    """Of these layouts with the smallest microbatch the one that takes the least memory when blocks keep their inputs only."""
+    """Of these layouts with the smallest microbatch the one that takes the least memory, of what host memory has room for."""
     smallest = [layout for layout in several if layout.microbatch == 1]
-    outcomes = [model.predict(layout, lean_policies(model.problem)) for layout in smallest]
-    return min(outcomes, key=lambda item: item.memory.peak_bytes)
+    outcomes = [model.predict(layout, item) for layout in smallest for item in lean_policies(model.problem)]
+    room = model.limits().host_bytes
+    return min(
+        (item for item in outcomes if room is None or item.host_bytes <= room or not num_doing(OFFLOAD, item.policies)),
+        key=lambda item: item.memory.peak_bytes,
+    )
 
 
 def nothing_fits(
@@ -166,7 +171,7 @@ def nothing_fits(
     said = [
         f"{need}, {_gib(limits.device_bytes)} GiB may be used on {problem.cluster.device.name}, {missing:.3f} GiB are missing"
     ]
-    if not given and (number := _enough_devices(problem, limits, model_of)):
+    if not given and (number := _enough_devices(problem, limits, model_of, leanest.layout.num_chunks)):
         said.append(f"{number} devices would do, {number - problem.num_devices} more")
     frames = _most_frames(problem, limits, leanest.layout, model_of)
     if frames:
@@ -187,12 +192,17 @@ def no_common_mesh(problems: Sequence[Problem]) -> UserError:
     )
 
 
-def lean_policies(problem: Problem) -> Sequence[Policy]:
-    """Every block keeps its input only."""
-    return (Policy.recompute(),) * problem.config.num_layers
+def lean_policies(problem: Problem) -> list[tuple[Policy, ...]]:
+    """What leaves least on the device: of every block its input only; where that can be copied, in host memory."""
+    links = {link.name for link in problem.cluster.links}
+    copies = problem.cluster.device.kind != "cpu" and {"host_to_device", "device_to_host"} <= links
+    several = [Policy.recompute()] + [replace(Policy.recompute(), block_input=OFFLOAD)] * copies
+    return [(policy,) * problem.config.num_layers for policy in several]
 
 
-def _enough_devices(problem: Problem, limits: Limits, model_of: Callable[[Problem], Model]) -> int | None:
+def _enough_devices(
+    problem: Problem, limits: Limits, model_of: Callable[[Problem], Model], num_chunks: int
+) -> int | None:
     """The least number, in whole nodes beyond the first, on which leaner shares fit; None where no number does."""
     per_node = problem.cluster.num_devices_per_node
     number = problem.num_devices
@@ -200,12 +210,14 @@ def _enough_devices(problem: Problem, limits: Limits, model_of: Callable[[Proble
         number = number * 2 if number < per_node else (number // per_node + 1) * per_node
         if number > 8 * per_node:  # from here on in powers of two of nodes: the search stays short
             number = per_node * 2 ** max(3, (number // per_node - 1).bit_length())
-        if _leanest_fits(problem, number, limits, model_of):
+        if _leanest_fits(problem, number, limits, model_of, num_chunks):
             return number
     return None
 
 
-def _leanest_fits(problem: Problem, number: int, limits: Limits, model_of: Callable[[Problem], Model]) -> bool:
+def _leanest_fits(
+    problem: Problem, number: int, limits: Limits, model_of: Callable[[Problem], Model], num_chunks: int
+) -> bool:
     nodes = max(problem.cluster.num_nodes, -(-number // problem.cluster.num_devices_per_node))
     larger = replace(problem, cluster=replace(problem.cluster, num_nodes=nodes), num_devices=number)
     model = model_of(larger)
@@ -214,8 +226,8 @@ def _leanest_fits(problem: Problem, number: int, limits: Limits, model_of: Calla
         if problem.batch % num_dp:
             continue
         for spec in shard_specs(problem.config, problem.shape, sp, problem.num_text_tokens, strict=True):
-            layout = Layout(1, num_dp, sp, spec, 1, problem.batch // num_dp)
-            if fits(model.predict(layout, lean_policies(problem)), limits):
+            layout = Layout(1, num_dp, sp, spec, 1, problem.batch // num_dp, num_chunks if sp == 1 else 1)
+            if any(fits(model.predict(layout, item), limits) for item in lean_policies(problem)):
                 return True
     return False
 
@@ -225,7 +237,8 @@ def _most_frames(problem: Problem, limits: Limits, layout: Layout, model_of: Cal
 
     def fit(frames: int) -> bool:
         shorter = replace(problem, shape=replace(problem.shape, num_frames=frames))
-        return fits(model_of(shorter).predict(layout, lean_policies(problem)), limits)
+        model, own = model_of(shorter), replace(layout, num_chunks=min(layout.num_chunks, most_chunks(frames)))
+        return any(fits(model.predict(own, item), limits) for item in lean_policies(problem))
 
     low, high = 0, problem.shape.num_frames  # `low` frames fit or are 0, `high` do not
     while high - low > 1:

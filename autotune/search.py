@@ -2,7 +2,7 @@
 
     mesh       one for all shapes: the one with the least sum of step times, each weighted; a mesh on which a shape does not
                fit has lost
-    layouts    all of space.py on that mesh; policies.py finds the best choice of one layout and a bound that none beats
+    layouts    all of space.py on that mesh, in chunks where whole blocks cannot keep all; policies.py finds the best choice of one layout and a bound that none beats
     order      meshes, layouts and choices in the order of their bounds, until no bound beats the best: what is never
                predicted could not have won
 
@@ -27,7 +27,7 @@ from vchitect_fast.autotune.model import SAFETY as SAFETY
 from vchitect_fast.autotune.model import Limits, Outcome, StepModel
 from vchitect_fast.autotune.policies import Blocks, Model, PolicySearch
 from vchitect_fast.autotune.reasons import leanest_of, no_common_mesh, nothing_fits, runners_up
-from vchitect_fast.autotune.space import VAE_MINI_BATCHES, check_grid, check_mesh, common_meshes, layouts
+from vchitect_fast.autotune.space import VAE_MINI_BATCHES, check_grid, check_mesh, common_meshes, in_chunks, layouts
 from vchitect_fast.autotune.ways import host_bytes
 from vchitect_fast.cluster import Cluster, Device
 from vchitect_fast.errors import UserError
@@ -58,15 +58,30 @@ class ShapeSearch:
         self._blocks: dict[Layout, Blocks] = {}
         self._searches: dict[Layout, PolicySearch] = {}
         self._shared: dict[Layout, float] = {}
+        self._several: dict[tuple[tuple[str, int], ...], list[Layout]] = {}
+
+    def layouts(self, mesh: Mapping[str, int]) -> list[Layout]:
+        """All of space.py: blocks in chunks only where one sample in whole blocks cannot keep everything.
+
+        Where it can, chunks cannot win: they compute more. A sequence that is cut over ranks has none.
+        """
+        key = tuple(mesh.items())
+        if key not in self._several:
+            several = layouts(self.problem, mesh)
+            one, *_ = several
+            if not self.fixed and one.sp == 1 and self.model.unhindered(one)[1] > self.limits.device_bytes:
+                several += in_chunks(self.problem, one)
+            self._several[key] = several
+        return self._several[key]
 
     def least_s(self, mesh: Mapping[str, int]) -> float:
         """No choice on this mesh takes less."""
-        return min((self._shared_s(layout) for layout in layouts(self.problem, mesh)), default=math.inf)
+        return min((self._shared_s(layout) for layout in self.layouts(mesh)), default=math.inf)
 
     def own_least_s(self, mesh: Mapping[str, int], cutoff_s: float) -> float:
         """The same with what ranks of this mesh wait for each other; the cutoff where that is at least as much."""
         least_s = cutoff_s
-        for layout in sorted(layouts(self.problem, mesh), key=self._shared_s):
+        for layout in sorted(self.layouts(mesh), key=self._shared_s):
             if self._shared_s(layout) >= least_s:
                 break
             search = self._search(layout)
@@ -77,7 +92,7 @@ class ShapeSearch:
     def best(self, mesh: Mapping[str, int], cutoff_s: float = math.inf) -> Outcome | None:
         """The fastest that fits on this mesh, and beats the cutoff."""
         found = None
-        several = [layout for layout in layouts(self.problem, mesh) if self._shared_s(layout) < cutoff_s]
+        several = [layout for layout in self.layouts(mesh) if self._shared_s(layout) < cutoff_s]
         for layout in sorted(several, key=self._known_s):
             if self._known_s(layout) < cutoff_s:
                 search = self._search(layout)
@@ -88,7 +103,7 @@ class ShapeSearch:
 
     def finish(self, found: Outcome) -> Outcome:
         """The best of the chosen mesh once more, thoroughly, and "keep everything" of its other layouts, to say why they lost."""
-        for layout in layouts(self.problem, found.layout.mesh):
+        for layout in self.layouts(found.layout.mesh):
             self._search(layout)
         search = self._search(self._bare(found.layout))
         search.polish()
@@ -260,7 +275,7 @@ def answers(
     for search in searches:
         alone = candidates if mesh is not None else common_meshes([search.problem])
         if all(search.best(candidate) is None for candidate in alone):
-            several = [layout for candidate in alone for layout in layouts(search.problem, candidate)]
+            several = [layout for candidate in alone for layout in search.layouts(candidate)]
             raise nothing_fits(
                 search.problem, search.limits, leanest_of(search.model, several),
                 lambda problem: model_of(problem, limit_bytes), given=mesh is not None,

@@ -3,10 +3,11 @@
     meshes(num_devices, batch)      dp_replicate x dp_shard x sp = num_devices, whose data-parallel ranks share the batch
     common_meshes(problems)         those of them that suit every shape of a run
     shard_specs(config, shape, sp)  how the sp ranks may cut a video of this shape
-    layouts(problem, mesh)          ShardSpec x (microbatch x accumulation)
+    layouts(problem, mesh)          ShardSpec x (microbatch x accumulation), blocks computed whole
+    in_chunks(problem, layout)      the same with its blocks in 2, 4, 8, ... pieces (model/chunks.py)
 
 Everything that parallel/sequence.py and mesh.py refuse is left out, and so are cuts that leave a rank without rows where
-another cut of the same mesh leaves none. Chunks are not chosen: nothing predicts what they cost. How far copies are fetched ahead and how many frames the codec takes at
+another cut of the same mesh leaves none. How far copies are fetched ahead and how many frames the codec takes at
 once are chosen later (policies.py, search.py), since they do not change what blocks compute. Nothing is predicted here.
 Refused: a batch that the ranks of a given mesh cannot share. Layer 0 only.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from vchitect_fast.architecture import TransformerConfig
 from vchitect_fast.autotune.layout import NOT_CUT, Layout, Problem
@@ -77,6 +79,17 @@ def layouts(problem: Problem, mesh: Mapping[str, int]) -> list[Layout]:
         for spec in _priced(problem, sp, shard_specs(problem.config, problem.shape, sp, problem.num_text_tokens))
         for size in divisors(share)
     ]
+
+
+def in_chunks(problem: Problem, layout: Layout) -> list[Layout]:
+    """In powers of two of pieces, until each is one frame; the temporal branch has as many pieces, of positions."""
+    counts = [2**i for i in range(1, most_chunks(problem.shape.num_frames).bit_length())]
+    return [replace(layout, num_chunks=count) for count in counts]
+
+
+def most_chunks(num_frames: int) -> int:
+    """The least power of two in which every piece is one frame."""
+    return 1 << (num_frames - 1).bit_length()
 
 
 def _priced(problem: Problem, sp: int, specs: Sequence[ShardSpec]) -> Sequence[ShardSpec]:

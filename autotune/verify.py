@@ -122,7 +122,7 @@ def build_step(plan: Plan, config: TransformerConfig, mesh: Mesh) -> Step:
 def measure_entry(step_once: Step, entry: PlanEntry, num_steps: int, num_warm_up: int = 1) -> Measurement:
     """Medians of `num_steps` after those that warm up; the peak of all of them, counted from what stood before."""
     mesh = step_once.mesh
-    batch = _noise(step_once, entry)
+    batch = noise(step_once, entry)
     give_back(mesh.device.type)  # else a larger shape before this one is its peak
     reset_peak(mesh.device.type)
     records = [step_once(step, batch) for step in range(num_warm_up + num_steps)][num_warm_up:]
@@ -170,7 +170,7 @@ def _spread(seconds: list[float]) -> float:
     return (tenths[-1] - tenths[0]) / median(seconds)
 
 
-def _noise(step_once: Step, entry: PlanEntry) -> Batch:
+def noise(step_once: Step, entry: PlanEntry) -> Batch:
     """The samples that one data-parallel rank has in a step, and of their frames this rank's."""
     shape, samples, mesh = entry.video_shape, entry.microbatch * entry.accumulation, step_once.mesh
     config, frames = step_once.model.config, own_frames(shape.num_frames, mesh.sp_group)

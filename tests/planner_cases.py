@@ -7,7 +7,7 @@ assignment of every Way can be predicted, which is what the searches are held ag
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -18,7 +18,7 @@ from vchitect_fast.autotune.bounds import fits
 from vchitect_fast.autotune.layout import Layout, Problem
 from vchitect_fast.autotune.memory import GIB
 from vchitect_fast.autotune.model import Outcome, StepModel
-from vchitect_fast.autotune.space import PREFETCH_DEPTHS
+from vchitect_fast.autotune.space import PREFETCH_DEPTHS, in_chunks, layouts
 from vchitect_fast.autotune.ways import Way
 from vchitect_fast.cluster import Cluster, Link
 from vchitect_fast.plan import Policy
@@ -60,8 +60,14 @@ class Few(StepModel):
         first, middle, last = super().ways(layout)
         always = {Policy.keep(), Policy.recompute()}
         others = [way.policy for way in middle if way.policy not in always]
-        chosen = always | set(random.Random(self.seed).sample(others, self.number - 2))
+        chosen = always | set(random.Random(self.seed).sample(others, min(len(others), self.number - 2)))
         return tuple([way for way in ways if way.policy in chosen] for ways in (first, middle, last))  # type: ignore[return-value]
+
+
+def all_layouts(problem: Problem, mesh: Mapping[str, int]) -> list[Layout]:
+    """Of blocks computed whole, and in chunks."""
+    whole = layouts(problem, mesh)
+    return whole + (in_chunks(problem, whole[0]) if mesh["sp"] == 1 else [])
 
 
 def assignments(model: StepModel, layout: Layout) -> Iterator[tuple[Policy, ...]]:
@@ -71,10 +77,10 @@ def assignments(model: StepModel, layout: Layout) -> Iterator[tuple[Policy, ...]
     yield from product(*([first] if layers > 1 else []), *([middle] * (layers - 2)), last)
 
 
-def every(model: StepModel, layouts: Sequence[Layout]) -> list[Outcome]:
+def every(model: StepModel, several: Sequence[Layout]) -> list[Outcome]:
     """The prediction of every assignment at every depth of fetching; with copies only where they have a price."""
     found = []
-    for layout in layouts:
+    for layout in several:
         for policies in assignments(model, layout):
             for depth in PREFETCH_DEPTHS:
                 outcome = model.predict(replace(layout, prefetch_depth=depth), policies)

@@ -12,13 +12,19 @@ from dataclasses import replace
 import pytest
 import torch
 from made_up_device import device
+from planner_cases import gpus, problem
 from torch.autograd.profiler import profile
 
 from vchitect_fast.architecture import preset
 from vchitect_fast.autotune.block import block_parts
-from vchitect_fast.autotune.memory import step_memory
+from vchitect_fast.autotune.memory import GIB, step_memory
+from vchitect_fast.autotune.model import StepModel
 from vchitect_fast.autotune.rates import rates_of
+from vchitect_fast.autotune.search import ONE, answers, plan_run
+from vchitect_fast.autotune.space import layouts
 from vchitect_fast.autotune.ways import ways
+from vchitect_fast.cluster import Cluster
+from vchitect_fast.errors import UserError
 from vchitect_fast.model import VchitectTransformer
 from vchitect_fast.offload.engine import Engine
 from vchitect_fast.offload.hooks import Saving
@@ -125,3 +131,31 @@ def test_in_chunks_there_are_only_the_policies_that_the_runtime_obeys() -> None:
     for policy in found:
         model.set_policy([policy] * SMALL.num_layers)
         model.set_chunks(2)  # UserError for any other
+
+
+def test_a_plan_takes_chunks_where_whole_blocks_do_not_fit_and_only_there() -> None:
+    """The limit lies below every whole block's peak; with room for these the answer is what it was."""
+    on, shape = gpus(host=1e9), VideoShape(16, 256, 256)
+    asked = problem(on, num_layers=3, batch=1, shape=shape)
+    model = StepModel(asked)
+    [whole] = layouts(asked, ONE)
+    lean = (Policy("offload", *["recompute"] * 4),) * 3  # type: ignore[arg-type]
+    least = min(model.predict(whole, item).memory.peak_bytes for item in (lean, [Policy.recompute()] * 3))
+    [tight] = answers([asked], None, [1.0], limit_bytes=least - 1)
+    [roomy] = answers([asked], None, [1.0], limit_bytes=2 * least)
+    assert tight.best.layout.num_chunks > 1 == roomy.best.layout.num_chunks
+    assert tight.best.memory.peak_bytes < least and tight.best.cost.step_s > roomy.best.cost.step_s
+    with pytest.raises(UserError, match=r"16 chunks\).*are missing"):
+        answers([asked], None, [1.0], limit_bytes=least // 4)
+
+
+def test_the_2b_model_is_planned_at_the_longest_shape_on_one_80_gb_gpu() -> None:
+    """Declared rates: that it fits, with at most 120 GiB in host memory. Nothing of it was measured."""
+    plan = plan_run(
+        preset("vchitect-2b"), [VideoShape(144, 1920, 1088)], Cluster.load("h100"), batch=1, num_text_tokens=333,
+        dtype="bfloat16", parked=("optimizer",),
+    )  # fmt: skip
+    [entry] = plan.entries
+    moments_bytes = 8 * preset("vchitect-2b").num_parameters()  # AdamW's, in host memory too
+    assert entry.num_chunks > 1 and entry.predicted.peak_gib * GIB < 0.9 * Cluster.load("h100").device.memory_bytes
+    assert entry.offload_bytes + moments_bytes < 120 * GIB
