@@ -53,6 +53,8 @@ class Record:
     exposed_s: float | None = None  # of median_s, what waits for other ranks; only of sequence parallelism
     sent_bytes: int | None = None  # between ranks, all of them together; likewise
     num_messages: int | None = None  # likewise
+    loss: float | None = None  # mean of the last quarter of the steps; only of the fp8 parity
+    loss_error: float | None = None  # what it differs from the reference's, in parts of it; likewise
 
     def __post_init__(self) -> None:
         if self.n < 1 or not 0 <= self.p10_s <= self.median_s <= self.p90_s:
