@@ -21,6 +21,7 @@ import torch
 from vchitect_fast.architecture import preset
 from vchitect_fast.autotune.verify import build_step, measure_entry
 from vchitect_fast.benchmarks.goals import STEP
+from vchitect_fast.benchmarks.offload_goals import hold_to_80gb
 from vchitect_fast.benchmarks.planner import POLICIES, give_up
 from vchitect_fast.benchmarks.record import BOTH, Record, append, origin
 from vchitect_fast.ema import EMA
@@ -33,8 +34,6 @@ from vchitect_fast.step import Step
 from vchitect_fast.workload import Workload
 
 COMMAND = "python -m vchitect_fast.benchmarks.model_steps"
-GIB = 2**30
-LIMIT_BYTES = int(78.5 * GIB)  # of an H100's 79.6 GiB, what its context leaves
 LADDER: dict[str, Callable[[int], Sequence[Policy]]] = {
     **{name: POLICIES[name] for name in ("keep", "recompute mlp_pre")},
     **{f"recompute {share:.0%}": partial(from_selective_ratio, share, reading="recomputed") for share in (0.25, 0.5, 0.75)},
@@ -93,8 +92,7 @@ def measure(cases: Cases) -> tuple[list[Record], list[str]]:
     """Records, and a sentence for each shape that failed; prints a line a shape."""
     config, device = preset(cases.model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, LIMIT_BYTES / total))
+        hold_to_80gb()
     step_once = build_step(plan_of(cases, cases.shapes[0], LAST), config, replace(ALONE, device=device))
     step_once.ema = EMA({"none": torch.zeros(1, device=device)}, 0.0)  # one number instead of the model
     step_once.model.set_kernels(cases.kernels)

@@ -16,6 +16,7 @@ from vchitect_fast.benchmarks import offload_goals
 from vchitect_fast.benchmarks.offload_goals import Row
 from vchitect_fast.offload.engine import Engine
 from vchitect_fast.offload.hooks import Saving
+from vchitect_fast.plan import Policy
 
 _C = pytest.importorskip("vchitect_fast._C", reason="built with VCHITECT_FAST_EXT=0")
 needs_copier = pytest.mark.skipif(not _C.build_info()["cuda"], reason="built without VCHITECT_FAST_CUDA=1")
@@ -92,13 +93,39 @@ def test_without_a_gpu_every_row_says_not_measured(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_measurement_that_fails_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    def broken() -> list[float]:
+    def broken(sizes) -> list[float]:
         raise ZeroDivisionError("oops")
 
-    measurements = ((("set-up",), broken), (("copy out", "copy back", "both"), lambda: [0.97, 0.9, 0.95]))
-    monkeypatch.setattr(offload_goals, "_missing", lambda: "")
-    monkeypatch.setattr(offload_goals, "MEASUREMENTS", measurements)
-    assert offload_goals.main([]) == 1
-    printed = capsys.readouterr().out
-    assert "failed with ZeroDivisionError: oops" in printed and "0.97 ratio; pass" in printed
-    assert "0.9 ratio; fall short" in printed and "needs the fused block measured first" in printed
+    monkeypatch.setattr(offload_goals, "_missing", lambda sizes: "")
+    monkeypatch.setitem(offload_goals.MEASUREMENTS, "set-up", (("set-up",), broken))
+    copies = ("copy out", "copy back", "both"), lambda sizes: [0.97, 0.9, 0.95]
+    monkeypatch.setitem(offload_goals.MEASUREMENTS, "copies", copies)
+    monkeypatch.setattr(offload_goals, "FULL", offload_goals.tiny())
+    assert offload_goals.main(["--only", "set-up", "copies"]) == 1
+    *printed, last = capsys.readouterr().out.splitlines()
+    assert last == "4 rows: 2 pass" and len(printed) == 4
+    assert "failed with ZeroDivisionError: oops" in printed[0] and "0.97 ratio; pass" in printed[1]
+    assert "0.9 ratio; fall short" in printed[2]
+
+
+def test_the_same_code_runs_at_toy_sizes(capsys) -> None:
+    assert offload_goals.main(["--tiny", "--json"]) == 0
+    rows = {row["goal"]: row for row in json.loads(capsys.readouterr().out)}
+    assert len(rows) == len(offload_goals.ROWS) and None not in {row["found"] for row in rows.values()}
+    assert rows[offload_goals.ROWS["spin"].goal]["found"] == 0
+
+
+def test_as_many_blocks_get_a_mix_as_fit_under_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stack:
+        num_blocks = 10
+
+        @staticmethod
+        def peak_bytes(policies: list[Policy]) -> int:
+            return sum(
+                5 if policy.branch_out == "keep" else 1 for policy in policies if policy.branch_out != "recompute"
+            )
+
+    kept, moved = offload_goals._mixes(Stack(), 20)
+    assert [policy.branch_out for policy in kept] == ["keep"] * 4 + ["recompute"] * 6
+    assert [policy.branch_out for policy in moved] == ["offload"] * 9 + ["recompute"]
+    assert [mix[0].branch_out for mix in offload_goals._mixes(Stack(), 4)] == ["offload"]  # one kept is too much
