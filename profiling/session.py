@@ -1,6 +1,7 @@
 """Profiles a run: the real training loop for a few steps, in a folder of its own, with a tool at work after the warm-up.
 
     profile_run(config, Request(folder, ...))    -> trace-rank0.json.gz and memory-rank0.json in the folder
+    profile_steps(run, Request(folder, ...))     the same of any callable whose steps are spans step/N
 
 The loop is `train` itself, unchanged: its spans say where steps begin and end, and after the last one the run is ended from
 there, so that no checkpoint is written. The user's run folder is not touched; its cache of latents is used, as the run
@@ -13,6 +14,7 @@ import gzip
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -224,6 +226,16 @@ def profile_run(config: TrainConfig, request: Request) -> None:
 
     Raises UserError for what `train` refuses, and when the run ended before its last recorded step.
     """
+    total = request.num_warmup + request.num_steps
+    config = replace(
+        config, out=str(request.folder / "train"), steps=max(total, config.steps), validate_every=0, sample_every=0,
+        save_every=0, resume=False, tensorboard=False, wandb_project=None,
+    )  # fmt: skip
+    profile_steps(lambda: train(config), request)
+
+
+def profile_steps(run: Callable[[], object], request: Request) -> None:
+    """The same for any `run` whose spans step/N say where its steps begin and end; `tell` says whose memory is whose."""
     rank, _ = this_rank()
     folder = request.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -240,17 +252,13 @@ def profile_run(config: TrainConfig, request: Request) -> None:
             tools.append(_CudaRange())
             spans.append(NvtxSink())
     steps = _Steps(request, tools)
-    total = request.num_warmup + request.num_steps
-    config = replace(
-        config, out=str(folder / "train"), steps=max(total, config.steps), validate_every=0, sample_every=0, save_every=0,
-        resume=False, tensorboard=False, wandb_project=None,
-    )  # fmt: skip
     try:
         # Entered first, left last: the profiler runs before the step's own span begins and after it ended.
         with recording(steps, *tools, *spans):
-            train(config)
+            run()
     except _Enough:
         return
     raise UserError(
-        f"the run ended after {steps.num_done} of {total} steps and nothing was recorded (SIGTERM?); start it again."
+        f"the run ended after {steps.num_done} of {request.num_warmup + request.num_steps} steps and nothing was recorded "
+        "(SIGTERM?); start it again."
     )
