@@ -1,4 +1,4 @@
-"""Every op of kernels/ops.py, the two merged GEMMs and the whole block, each with its alternatives and its formula of work.
+"""Every op of kernels/ops.py, two merged GEMMs, the whole block, in fp8 too: each with its alternatives and formula of work.
 
 On a GPU: bf16, 24 heads x 64, 333 text tokens, the video shapes that the goals are stated for. On a CPU: fp32 at one tiny
 shape, kernels interpreted, which checks them and times nothing worth knowing. Formulas of bytes count each tensor that must
@@ -19,10 +19,12 @@ from vchitect_fast.architecture import TransformerConfig, preset
 from vchitect_fast.benchmarks.attention_cases import attention_cases
 from vchitect_fast.benchmarks.case import Case, Problem, Provider, Sizes, compiled, draw_leaves, our_name
 from vchitect_fast.benchmarks.record import BACKWARD, BOTH, FORWARD
+from vchitect_fast.errors import UserError
 from vchitect_fast.kernels import ops
 from vchitect_fast.kernels.branch_sum import branch_sum
 from vchitect_fast.kernels.projections import project
 from vchitect_fast.model.blocks import SPATIAL_WEIGHT, Block, Branches
+from vchitect_fast.model.fp8_steps import check_device
 from vchitect_fast.model.fused import fused_block
 from vchitect_fast.model.handwritten import handwritten_block
 from vchitect_fast.shapes import VideoShape
@@ -61,7 +63,9 @@ def all_cases(*, quick: bool) -> list[Case]:
 
 def row_cases() -> list[Make]:
     """Makers of every case but attention: (label, sizes, check sizes or None, dtype, quick) -> Case."""
-    return [modulated_norm, gated_residual, gated_residual_norm, bias_gelu, branch_sum_case, project_case, block_case]
+    return [
+        modulated_norm, gated_residual, gated_residual_norm, bias_gelu, branch_sum_case, project_case, block_case, fp8_block_case,
+    ]  # fmt: skip
 
 
 def _rows_case(
@@ -232,6 +236,38 @@ def block_case(label: str, sizes: Sizes, check: Sizes | None, dtype: torch.dtype
     return Case(
         "block", label, sizes, check, dtype, draw, exact, providers, "TFLOP/s", work, (FORWARD, BACKWARD, BOTH)
     )  # fmt: skip
+
+
+def fp8_block_case(label: str, sizes: Sizes, check: Sizes | None, dtype: torch.dtype, quick: bool) -> Case:
+    """The block with its linears in fp8, forward and backward, beside our own in 16 bits: what fp8 has to beat.
+
+    Counted and checked as block: nothing in fp8 is kept for backward, and the ceiling is that of products in 16 bits. On a CPU
+    it is emulated, at six rows, where the worst gradient is of a bias that all but cancels (error 1.1; 0.08 at the check
+    sizes of a GPU).
+    """
+    block = block_case(label, sizes, check, dtype, quick)
+    known = {provider.name: provider for provider in block.providers}
+    by_hand, missing = known[our_name("hand-written, triton")], no_fp8(dtype, sizes.D)
+
+    def ours(impl: str) -> Callable[[Problem], Sequence[Tensor]]:
+        return lambda problem: handwritten_block(problem.module, *problem.leaves, impl=impl, fp8=True)
+
+    providers = (
+        Provider(our_name("fp8, triton"), ours("triton"), missing),
+        Provider("fp8, plain steps (ours)", ours("reference"), missing),
+        replace(by_hand, name=by_hand.name.replace("(ours)", "in 16 bits").replace("ours", "in 16 bits")),
+        known["eager"],
+    )
+    return replace(block, bench="block fp8", providers=providers)
+
+
+def no_fp8(dtype: torch.dtype, hidden_dim: int) -> str:
+    """Why linears cannot compute in fp8 here; empty where they can."""
+    try:
+        check_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"), dtype, hidden_dim)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def block_config(at: Sizes) -> TransformerConfig:
