@@ -16,8 +16,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from vchitect_fast.autotune.describe import blocks_in_words
+from vchitect_fast.autotune.reasons import num_doing
 from vchitect_fast.autotune.streams import STREAMS
-from vchitect_fast.plan import Plan, PlanEntry
+from vchitect_fast.plan import OFFLOAD, Plan, PlanEntry
 
 if TYPE_CHECKING:
     from vchitect_fast.autotune.explain import Explanation
@@ -40,13 +42,16 @@ def render(plan: Plan) -> RenderableType:
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
     where = f"{plan.device_name} x {math.prod(plan.mesh.values())} ({mesh})" if mesh else plan.device_name
     title = f"Plan for {where}, {plan.compute_dtype}, {plan.num_text_tokens} text tokens"
+    if plan.parked:
+        title += f"; in host memory between uses: {', '.join(plan.parked)}"
     chosen = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
-    for heading in ("shape", "visual tokens", "batch", "sharded by", "recomputed", "step", "peak"):
+    rows = [_chosen_row(entry) for entry in plan.entries]
+    used = [name for name in rows[0] if any(row[name] for row in rows)]  # what no shape does has no column
+    for heading in used:
         chosen.add_column(heading, justify="left" if heading == "shape" else "right")
-    lines = []
-    for entry in plan.entries:
-        chosen.add_row(*_chosen_row(entry))
-        lines += _parts(entry)
+    for row in rows:
+        chosen.add_row(*(row[name] for name in used))
+    lines = [line for entry in plan.entries for line in _parts(entry)]
     lost = Table(title="why the others lost", title_justify="left", box=box.SIMPLE, pad_edge=False)
     for heading in ("shape", "choice", "step", "peak", "why"):
         lost.add_column(heading, justify="right" if heading in ("step", "peak") else "left")
@@ -119,16 +124,20 @@ def gib(value: float) -> str:
     return f"{value:.2f} GiB" if value >= 0.1 else f"{1024 * value:.3g} MiB"
 
 
-def _chosen_row(entry: PlanEntry) -> tuple[str, ...]:
-    return (
-        entry.shape,
-        f"{entry.video_shape.num_visual_tokens():,}",
-        f"{entry.microbatch} x {entry.accumulation}",
-        entry.shard.axis if entry.shard.axis != "batch" else "-",
-        f"{entry.num_recomputed} of {len(entry.policy)}",
-        seconds(entry.predicted.step_s),
-        gib(entry.predicted.peak_gib),
-    )
+def _chosen_row(entry: PlanEntry) -> dict[str, str]:
+    """By heading; "" where the entry does nothing of the kind."""
+    blocks, offloaded = len(entry.policy), num_doing(OFFLOAD, entry.policy)
+    return {
+        "shape": entry.shape,
+        "visual tokens": f"{entry.video_shape.num_visual_tokens():,}",
+        "batch": f"{entry.microbatch} x {entry.accumulation}",
+        "sharded by": entry.shard.axis if entry.shard.axis != "batch" else "",
+        "recompute": f"{entry.num_recomputed} of {blocks}",
+        "offload": f"{offloaded} of {blocks}" if offloaded else "",
+        "chunks": f"{entry.num_chunks}" if entry.num_chunks > 1 else "",
+        "step": seconds(entry.predicted.step_s),
+        "peak": gib(entry.predicted.peak_gib),
+    }
 
 
 def _parts(entry: PlanEntry) -> list[str]:
@@ -136,5 +145,8 @@ def _parts(entry: PlanEntry) -> list[str]:
     step = " + ".join(
         f"{PART_NAMES.get(name, name)} {seconds(value)}" for name, value in predicted.step_parts_s.items() if value
     )
-    peak = " + ".join(f"{name} {gib(value)}" for name, value in predicted.peak_parts_gib.items() if value)
-    return [f"{entry.shape} step = {step}", f"{entry.shape} peak = {peak}"]
+    peak = " + ".join(
+        f"{name.replace('_', ' ')} {gib(value)}" for name, value in predicted.peak_parts_gib.items() if value
+    )
+    blocks = blocks_in_words(entry.policy)
+    return [f"{entry.shape}  {blocks}", f"    step = {step}", f"    peak = {peak}"]
