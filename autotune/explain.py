@@ -267,6 +267,12 @@ def _time(found: Explanation) -> list[str]:
         said.append(
             f"Compute waits about {seconds(waits[name])} a step ({waits[name] / step:.0%}) for {STREAM_WORDS[name]}; {line.hidden(name):.0%} of that is hidden."
         )
+    parked_s = cost.copy_s - waits.get("out", 0.0) - waits.get("in", 0.0)
+    if found.problem.parked and parked_s > BINDS * step:
+        names = " and ".join(found.problem.parked)
+        said.append(
+            f"What is parked ({names}) comes and goes around the update: {seconds(parked_s)}, hidden by nothing."
+        )
     hidden = [
         f"{STREAM_WORDS[name]} to {line.hidden(name):.0%} (busy {line.busy_s(name) / line.total_s:.0%} of a microbatch)"
         for name in STREAM_WORDS
@@ -351,7 +357,7 @@ def _change(found: Explanation) -> list[str]:
             said.append(
                 f"The {words} could be {SLOWEST:.0f} times slower, and the step would not be {LONGER:.0%} longer."
             )
-        elif times > 1.02:
+        elif times >= 1.1:
             said.append(f"The {words} could be {times:.2g} times slower before the step is {LONGER:.0%} longer.")
         else:
             said.append(f"The {words} bind: any slower, and the step is longer.")
