@@ -1,4 +1,4 @@
-"""Rows in fp8: the kernels against the definition bit by bit, and products against fp64 on the same rounded values.
+"""Rows in fp8: the kernels against the definition bit by bit, those that write fp8 behind an op near it, and products against fp64 on the same rounded values.
 
 pytest tests/kernels/test_fp8.py; interpreted where there is no GPU.
 """
@@ -11,8 +11,9 @@ from close import assert_close_to_exact
 from torch import Tensor
 
 from vchitect_fast.errors import UserError
-from vchitect_fast.kernels import fp8_rows, reference
+from vchitect_fast.kernels import block_steps, fp8_rows, reference
 from vchitect_fast.kernels.fp8 import E4M3, Quantised, product
+from vchitect_fast.model import steps
 
 SIZES = [(1, 1), (5, 33), (17, 96), (40, 20), pytest.param((13320, 6144), marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -80,6 +81,34 @@ def test_gelu_writes_fp8(size: tuple[int, int], device: torch.device) -> None:
     low_q, low_scale = reference.quantised_rows(reference.bias_gelu(x, bias))
     values = [q.float() * scale[:, None], low_q.float() * low_scale[:, None]]
     assert_close_to_exact(values[0], exact, values[1], reduced=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "size", [(2, 3, 33), (1, 5, 96), pytest.param((2, 1629, 1536), marks=pytest.mark.gpu)], ids=str
+)
+@pytest.mark.parametrize("residual", [False, True])
+def test_norms_write_fp8(residual: bool, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Rounded once, rows of their own scales: as near to the exact norm as the definition, and interpreted all bits agree."""
+    x, branch = (torch.randn(size, device=device).to(dtype) + 20 for _ in range(2))
+    gate, *vectors = (torch.randn(size[0], size[2], device=device).to(dtype) for _ in range(3))
+    ys = [x, x]
+    if residual:
+        ys = [torch.empty_like(x) for _ in range(2)]
+        n, *statistics = block_steps.residual_norm(x, branch, gate, *vectors, 1e-6, ys[0])
+        q, scale, *found = block_steps.residual_norm_fp8(x, branch, gate, *vectors, 1e-6, ys[1])
+    else:
+        n, *statistics = block_steps.norm(x, *vectors, 1e-6)
+        q, scale, *found = block_steps.norm_fp8(x, *vectors, 1e-6)
+    exact = steps.norm(ys[1].double(), *(vector.double() for vector in vectors), 1e-6)[0]
+    low_q, low_scale = (part.view(*size[:2], *part.shape[1:]) for part in reference.quantised_rows(n.flatten(0, 1)))
+    values, low = (a.float() * b[..., None] for a, b in ((q, scale), (low_q, low_scale)))
+    assert q.dtype == E4M3 and scale.shape == size[:2]
+    assert_close_to_exact(values, exact, low, reduced=1)
+    if device.type == "cpu":
+        assert all(map(torch.equal, [ys[1], *found], [ys[0], *statistics]))
+        if dtype == torch.float32:  # nothing was rounded in between
+            assert same(q, low_q) and torch.equal(scale, low_scale)
 
 
 @pytest.mark.parametrize("turned", [False, True])

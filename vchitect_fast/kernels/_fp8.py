@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+FIRST_CC = 90  # of those that are compiled for; Triton has no e4m3 on sm_80
+
 
 @triton.jit
 def quantise(v, INTERPRETED: tl.constexpr):
@@ -21,6 +23,17 @@ def quantise(v, INTERPRETED: tl.constexpr):
     inverse = ((exponent * -1 + 254) << 23).to(tl.float32, bitcast=True)
     strange = tl.max(tl.where(size < float("inf"), 0, 1), axis=1, keep_dims=True)
     return to_e4m3(v * inverse, INTERPRETED), tl.where(strange > 0, float("nan"), scale)
+
+
+@triton.jit
+def store_rows(
+    ptr, scale_ptr, value, sample, row, d, stride_b, stride_l, num_rows, num_columns, INTERPRETED: tl.constexpr
+):
+    """_rows.py's store_tile of a tile quantised by rows, and the scales [B, L], contiguous."""
+    is_row, is_column = row < num_rows, d < num_columns
+    q, scale = quantise(tl.where(is_row & is_column, value, 0.0), INTERPRETED)
+    tl.store(ptr + sample * stride_b + row * stride_l + d, q, mask=is_row & is_column)
+    tl.store(scale_ptr + sample * num_rows + row, scale, mask=is_row)
 
 
 @triton.jit

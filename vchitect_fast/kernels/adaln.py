@@ -8,6 +8,7 @@ Saved: x (the residual, which the block keeps anyway), scale, and mean and rstd 
 dshift and dscale: every program sums its rows into one fp32 row, one sum in a fixed order adds those; no atomics.
 Bytes, e the element size: forward 2 B L D e, backward 3 B L D e plus 16 B L D / 32 for the partials (with the residual one
 pass and half of those more); over the memory's speed that is the floor. One tile holds whole rows, so D <= 4096.
+The forward can write y in fp8, rows as quantised_rows of reference.py but rounded once: 1.5 B L D e in 16 bits.
 Source: Peebles & Xie 2023.
 B samples, L rows of one sample, D columns.
 """
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vchitect_fast.kernels import _check, tiles
+from vchitect_fast.kernels._fp8 import FIRST_CC, store_rows
 from vchitect_fast.kernels._op import register, rows
 from vchitect_fast.kernels._rows import load_tile, load_vector, norm_gradient, statistics, store_tile
 from vchitect_fast.kernels.aot import Variant, pointers
@@ -34,6 +36,7 @@ def _forward_kernel(
     shift_ptr,
     scale_ptr,
     y_ptr,
+    row_scale_ptr,
     mean_ptr,
     rstd_ptr,
     stride_xb,
@@ -45,6 +48,8 @@ def _forward_kernel(
     num_rows,
     num_columns,
     eps,
+    FP8: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -59,7 +64,11 @@ def _forward_kernel(
     shift = load_vector(shift_ptr, b, stride_shiftb, d, is_column)
     scale = load_vector(scale_ptr, b, stride_scaleb, d, is_column)
     mean, rstd = statistics(x, is_column, num_columns, eps)
-    store_tile(y_ptr, (x - mean) * rstd * (scale + 1.0) + shift, b, row, d, stride_yb, stride_yl, inside)
+    y = (x - mean) * rstd * (scale + 1.0) + shift
+    if FP8:
+        store_rows(y_ptr, row_scale_ptr, y, b, row, d, stride_yb, stride_yl, num_rows, num_columns, INTERPRETED)
+    else:
+        store_tile(y_ptr, y, b, row, d, stride_yb, stride_yl, inside)
     tl.store(mean_ptr + b * num_rows + row, mean, mask=is_row)
     tl.store(rstd_ptr + b * num_rows + row, rstd, mask=is_row)
 
@@ -124,9 +133,16 @@ def _backward_kernel(
 
 
 def forward_into(
-    x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float, y_BLD: Tensor, mean_BL: Tensor, rstd_BL: Tensor
+    x_BLD: Tensor,
+    shift_BD: Tensor,
+    scale_BD: Tensor,
+    eps: float,
+    y_BLD: Tensor,
+    mean_BL: Tensor,
+    rstd_BL: Tensor,
+    row_scale_BL: Tensor | None = None,
 ) -> None:
-    """Launch the forward; mean and rstd contiguous fp32. Nothing is checked."""
+    """Launch the forward; mean, rstd and scales of rows contiguous fp32; with scales y is e4m3. Nothing is checked."""
     B, L, D = x_BLD.shape
     tile = tiles.rows_forward(D)
     _forward_kernel[(B * triton.cdiv(L, tile.block_rows),)](
@@ -134,6 +150,7 @@ def forward_into(
         shift_BD,
         scale_BD,
         y_BLD,
+        mean_BL if row_scale_BL is None else row_scale_BL,
         mean_BL,
         rstd_BL,
         *x_BLD.stride()[:2],
@@ -143,6 +160,8 @@ def forward_into(
         L,
         D,
         eps,
+        FP8=row_scale_BL is not None,
+        INTERPRETED=_check.interpreted(),
         BLOCK_L=tile.block_rows,
         BLOCK_D=triton.next_power_of_2(D),
         num_warps=tile.num_warps,
@@ -253,11 +272,17 @@ def aot_variants() -> list[Variant]:
         low, fp32, block_d = f"{dtype}:16", "fp32:16", triton.next_power_of_2(D)
         sizes = {"num_rows": "i32", "num_columns": "i32:16"}
         tile = tiles.rows_forward(D)
-        signature = pointers(low, "x", "shift", "scale", "y") | pointers(fp32, "mean", "rstd") | sizes
+        signature = pointers(low, "x", "shift", "scale", "y") | pointers(fp32, "row_scale", "mean", "rstd") | sizes
         signature |= {f"stride_{name}": "i32:16" for name in ("xb", "xl", "shiftb", "scaleb", "yb", "yl")}
-        constants = {"BLOCK_L": tile.block_rows, "BLOCK_D": block_d}
+        signature |= {"eps": "fp32"}
+        constants = {"FP8": False, "INTERPRETED": False, "BLOCK_L": tile.block_rows, "BLOCK_D": block_d}
         label = f"adaln forward {dtype} D={D}"
-        variants.append(Variant(_forward_kernel, signature | {"eps": "fp32"}, constants, tile.num_warps, label))
+        variants.append(Variant(_forward_kernel, signature, constants, tile.num_warps, label))
+        if dtype == "bf16":
+            signature, constants = signature | pointers("fp8e4nv:16", "y"), constants | {"FP8": True}
+            variants.append(
+                Variant(_forward_kernel, signature, constants, tile.num_warps, f"{label} to fp8", first_cc=FIRST_CC)
+            )
         tile = tiles.rows_backward(D)
         signature = pointers(low, "dy", "x", "scale", "residual", "dx") | sizes
         signature |= pointers(fp32, "mean", "rstd", "dshift", "dscale", "total")

@@ -18,12 +18,14 @@ from vchitect_fast.kernels import (
     adaln,
     bias_gelu,
     cross,
+    fp8_rows,
     gated_residual,
     gated_weight,
     spatial,
     temporal,
     tiles,
 )
+from vchitect_fast.kernels.fp8 import E4M3
 
 OP = "hand-written block"
 Tensors = tuple[Tensor, ...]
@@ -64,6 +66,28 @@ def residual_norm(
     n, mean, rstd = _rows_and_statistics(x_BLD)
     gated_residual.forward_into(x_BLD, branch_BLD, gate_BD, y_BLD, (shift_BD, scale_BD, eps, n, mean, rstd))
     return n, mean, rstd
+
+
+def norm_fp8(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float) -> Tensors:
+    """norm of which the kernel writes fp8: q in e4m3, its scales [B, L], mean and rstd."""
+    q, row_scale, mean, rstd = _fp8_and_statistics(x_BLD)
+    adaln.forward_into(x_BLD, shift_BD, scale_BD, eps, q, mean, rstd, row_scale)
+    return q, row_scale, mean, rstd
+
+
+def residual_norm_fp8(
+    x_BLD: Tensor, branch_BLD: Tensor, gate_BD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float, y_BLD: Tensor
+) -> Tensors:
+    """residual_norm, likewise."""
+    q, row_scale, mean, rstd = _fp8_and_statistics(x_BLD)
+    norm = (shift_BD, scale_BD, eps, q, mean, rstd)
+    gated_residual.forward_into(x_BLD, branch_BLD, gate_BD, y_BLD, norm, row_scale)
+    return q, row_scale, mean, rstd
+
+
+def gelu_fp8(pre_RK: Tensor, bias_K: Tensor) -> Tensors:
+    """gelu, likewise: q and its scales [R]."""
+    return fp8_rows.launch_rows(pre_RK, bias_K)
 
 
 def residual(x_BLD: Tensor, branch_BLD: Tensor, gate_BD: Tensor) -> None:
@@ -128,3 +152,8 @@ def cross_backward(douts: Tensors, inputs: Tensors, outs: Tensors, lse: Tensor, 
 def _rows_and_statistics(x_BLD: Tensor) -> Tensors:
     mean, rstd = (x_BLD.new_empty(x_BLD.shape[:2], dtype=torch.float32) for _ in range(2))
     return x_BLD.new_empty(x_BLD.shape), mean, rstd
+
+
+def _fp8_and_statistics(x_BLD: Tensor) -> Tensors:
+    fp32 = [x_BLD.new_empty(x_BLD.shape[:2], dtype=torch.float32) for _ in range(3)]
+    return x_BLD.new_empty(x_BLD.shape, dtype=E4M3), *fp32

@@ -18,14 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from vchitect_fast.kernels import _check, tiles
+from vchitect_fast.kernels._fp8 import FIRST_CC, to_e4m3
 from vchitect_fast.kernels._fp8 import quantise as quantised
-from vchitect_fast.kernels._fp8 import to_e4m3
 from vchitect_fast.kernels._op import register
 from vchitect_fast.kernels.aot import Variant, pointers
 from vchitect_fast.kernels.bias_gelu import gate
 from vchitect_fast.kernels.fp8 import E4M3
-
-FIRST_CC = 90  # of those that are compiled for; Triton has no e4m3 on sm_80
 
 
 @triton.jit

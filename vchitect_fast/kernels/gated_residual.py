@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vchitect_fast.kernels import _check, tiles
+from vchitect_fast.kernels._fp8 import FIRST_CC, store_rows
 from vchitect_fast.kernels._op import register, rows
 from vchitect_fast.kernels._rows import load_tile, load_vector, norm_gradient, statistics, store_tile
 from vchitect_fast.kernels.aot import Variant, pointers
@@ -37,6 +38,7 @@ def _forward_kernel(
     scale_ptr,
     y_ptr,
     n_ptr,
+    row_scale_ptr,
     mean_ptr,
     rstd_ptr,
     stride_xb,
@@ -54,6 +56,8 @@ def _forward_kernel(
     num_columns,
     eps,
     NORM: tl.constexpr,
+    FP8: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -73,7 +77,11 @@ def _forward_kernel(
         shift = load_vector(shift_ptr, b, stride_shiftb, d, is_column)
         scale = load_vector(scale_ptr, b, stride_scaleb, d, is_column)
         mean, rstd = statistics(y, is_column, num_columns, eps)
-        store_tile(n_ptr, (y - mean) * rstd * (scale + 1.0) + shift, b, row, d, stride_nb, stride_nl, inside)
+        n = (y - mean) * rstd * (scale + 1.0) + shift
+        if FP8:
+            store_rows(n_ptr, row_scale_ptr, n, b, row, d, stride_nb, stride_nl, num_rows, num_columns, INTERPRETED)
+        else:
+            store_tile(n_ptr, n, b, row, d, stride_nb, stride_nl, inside)
         tl.store(mean_ptr + b * num_rows + row, mean, mask=is_row)
         tl.store(rstd_ptr + b * num_rows + row, rstd, mask=is_row)
 
@@ -154,13 +162,17 @@ def forward_into(
     gate: Tensor,
     y: Tensor,
     norm: tuple[Tensor, Tensor, float, Tensor, Tensor, Tensor] | None,
+    row_scale: Tensor | None = None,
 ) -> None:
-    """Launch the forward; `norm` is (shift, scale, eps, n, mean, rstd) or None. y may be x or branch. Nothing is checked."""
+    """Launch the forward; `norm` is (shift, scale, eps, n, mean, rstd) or None, with scales of rows n is e4m3.
+
+    y may be x or branch. Nothing is checked.
+    """
     B, L, D = x.shape
     tile = tiles.rows_forward(D)
     shift, scale, eps, n, mean, rstd = norm or (gate, gate, 0.0, y, y, y)
     _forward_kernel[(B * triton.cdiv(L, tile.block_rows),)](
-        *(x, branch, gate, shift, scale, y, n, mean, rstd),
+        *(x, branch, gate, shift, scale, y, n, mean if row_scale is None else row_scale, mean, rstd),
         *x.stride()[:2],
         *branch.stride()[:2],
         *(gate.stride(0), shift.stride(0), scale.stride(0)),
@@ -168,6 +180,8 @@ def forward_into(
         *n.stride()[:2],
         *(L, D, eps),
         NORM=norm is not None,
+        FP8=row_scale is not None,
+        INTERPRETED=_check.interpreted(),
         BLOCK_L=tile.block_rows,
         BLOCK_D=triton.next_power_of_2(D),
         num_warps=tile.num_warps,
@@ -321,14 +335,18 @@ def aot_variants() -> list[Variant]:
         sizes = {"num_rows": "i32", "num_columns": "i32:16"}
         tile = tiles.rows_forward(D)
         signature = pointers(low, "x", "branch", "gate", "shift", "scale", "y", "n") | pointers(
-            statistic, "mean", "rstd"
+            statistic, "row_scale", "mean", "rstd"
         )
-        constants = {"NORM": norm, "BLOCK_L": tile.block_rows, "BLOCK_D": block_d}
+        constants = {"NORM": norm, "FP8": False, "INTERPRETED": False, "BLOCK_L": tile.block_rows, "BLOCK_D": block_d}
         inputs = ("xb", "xl", "branchb", "branchl", "gateb", "shiftb", "scaleb", "yb", "yl", "nb", "nl")
         signature |= {f"stride_{name}": "i32:16" for name in inputs} | sizes | {"eps": "fp32"}
         variants.append(
             Variant(_forward_kernel, signature, constants, tile.num_warps, f"gated_residual forward {name}")
         )
+        if norm and dtype == "bf16":
+            signature, constants = signature | pointers("fp8e4nv:16", "n"), constants | {"FP8": True}
+            label = f"gated_residual forward {name} to fp8"
+            variants.append(Variant(_forward_kernel, signature, constants, tile.num_warps, label, first_cc=FIRST_CC))
         tile = tiles.gated_backward(D)
         signature = pointers(low, "dy", "dn", "y", "branch", "gate", "scale", "dx", "dbranch")
         signature |= pointers(statistic, "mean", "rstd") | pointers("fp32:16", "dgate", "dshift", "dscale") | sizes

@@ -7,7 +7,8 @@
 On a CPU either says what fp8 does to a training, and nothing of its speed. A weight is rounded at each call, forward and
 backward: kept, it would cost half of its bytes a block. A gated product rounds gate x W, so its gradient is of that weight.
 
-Who writes fp8: GELU on the kernels; everything else by the quantiser that stands alone, one more pass over its rows.
+Who writes fp8: GELU and both norms on the kernels; attention's outputs, gradients and weights by the quantiser that stands
+alone, one more pass over its rows. A kernel rounds once, from fp32; the definition rounds what 16 bits left.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ def fp8_steps_of(impl: str) -> Steps:
     """The table of "triton" or "reference"; UserError for another name."""
     if is_reference(impl):
         return Fp8(steps_of(impl), reference.quantised_rows, reference.turned, exact_product).table()
-    from vchitect_fast.kernels import fp8_rows  # Triton is imported where it is first asked for
+    from vchitect_fast.kernels import block_steps, fp8_rows  # Triton is imported where it is first asked for
 
-    return Fp8(steps_of(impl), fp8_rows.launch_rows, fp8_rows.launch_turn, product, fp8_rows.launch_rows).table()
+    return Fp8(steps_of(impl), fp8_rows.launch_rows, fp8_rows.launch_turn, product, block_steps).table()
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Fp8:
     rows: Callable[[Tensor], tuple[Tensor, Tensor]]
     turn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     product: Callable[..., Tensor]
-    gelu_rows: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    fused: Any = None  # norm_fp8, residual_norm_fp8 and gelu_fp8 of kernels/block_steps.py
 
     def table(self) -> Steps:
         """These in the place of those of `steps`."""
@@ -77,20 +78,27 @@ class Fp8:
         check_device(x_BTSD.device, x_BTSD.dtype, x_BTSD.shape[-1])
 
     def norm(self, *args: Any) -> tuple[Quantised, Tensor, Tensor]:
-        """Its rows leave it rounded; statistics as they are."""
+        """Its rows leave it rounded, by the kernel itself where there is one; statistics as they are."""
+        if self.fused:
+            q, scale, mean, rstd = self.fused.norm_fp8(*args)
+            return Quantised(q, scale, args[0].dtype), mean, rstd
         n, mean, rstd = self.steps.norm(*args)
         return self.operand(n), mean, rstd
 
     def residual_norm(self, *args: Any) -> tuple[Quantised, Tensor, Tensor]:
         """As norm."""
+        if self.fused:
+            q, scale, mean, rstd = self.fused.residual_norm_fp8(*args)
+            return Quantised(q, scale, args[0].dtype), mean, rstd
         n, mean, rstd = self.steps.residual_norm(*args)
         return self.operand(n), mean, rstd
 
     def gelu(self, pre_RK: Tensor, bias_K: Tensor) -> Quantised:
-        """Rounded, by the kernel itself where there is one."""
-        if self.gelu_rows is None:
-            return self.operand(self.steps.gelu(pre_RK, bias_K))
-        return Quantised(*self.gelu_rows(pre_RK, bias_K), pre_RK.dtype)
+        """As norm."""
+        if self.fused:
+            q, scale = self.fused.gelu_fp8(pre_RK, bias_K)
+            return Quantised(q, scale, pre_RK.dtype)
+        return self.operand(self.steps.gelu(pre_RK, bias_K))
 
     def gelu_backward(self, dh_RK: Tensor, pre_RK: Tensor, bias_K: Tensor) -> tuple[Tensor, Quantised]:
         """dbias, and dpre rounded."""
