@@ -11,12 +11,13 @@ INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h 
 # Away from the repository's root: the folder profiling/ must not hide Python 3.15's own package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: quickstart test soak lint ctest mypy clean help
+.PHONY: quickstart test soak gpu lint ctest mypy clean help
 
 help:
 	@echo "make quickstart   install into .venv, then real videos to a plan, a training run, a sample and a report"
 	@echo "make test         what CI runs: C++ tests, linters, types, all Python tests, coverage of vchitect_fast"
 	@echo "make soak         the long runs: 40 kills leave no trace, what torchrun starts, the quickstart learns every clip (fifteen minutes), 20,000 random offload steps"
+	@echo "make gpu          all that only a GPU can show: tests, goals, planner, profile, in stages, about twelve minutes; tables at the end"
 	@echo "make lint         linters and types only"
 	@echo "make clean        remove .venv, build and caches (runs/ stays)"
 
@@ -81,6 +82,10 @@ test: ctest lint
 
 soak: .venv/dev
 	@$(BIN)/pytest -q -m soak tests
+
+# Its first stage builds the CUDA copier. Without .venv: the top of benchmarks/gpu.py. make gpu GPU='--minutes 5 --only block'
+gpu: .venv/dev
+	@$(BIN)/python -P -m vchitect_fast.benchmarks.gpu $(GPU)
 
 clean:
 	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache *.egg-info vchitect_fast/_C.*.so

@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the goals against the newest Records of the files; exit code 1 when one fell short."""
     from rich.console import Console
 
-    from vchitect_fast.benchmarks.table import goal_table
+    from vchitect_fast.benchmarks.table import goal_counts, goal_table
 
     paths = sys.argv[1:] if arguments is None else arguments
     try:
@@ -157,6 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     verdicts = [judge(goal, list(latest(records).values())) for goal in GOALS]
     Console(highlight=False, width=160).print(goal_table(verdicts))
+    print(f"goals: {goal_counts(verdicts)}")
     return 1 if any(verdict.text == SHORT for verdict in verdicts) else 0
 
 

@@ -30,7 +30,7 @@ from vchitect_fast.autotune.ledger import Ledger, Measurement, Pair, expect
 from vchitect_fast.autotune.memory import GIB
 from vchitect_fast.autotune.model import Outcome, StepModel
 from vchitect_fast.autotune.verify import build_step, measure_entry
-from vchitect_fast.benchmarks.goals import DEVICE, SAME_CHIP, SHORT
+from vchitect_fast.benchmarks.goals import DEVICE, PASS, SAME_CHIP, SHORT
 from vchitect_fast.benchmarks.offload_goals import INPUT, MOVED
 from vchitect_fast.benchmarks.planner_accuracy import Row, Score, rows
 from vchitect_fast.benchmarks.record import BOTH, Origin, Record, append, origin, results_file
@@ -310,6 +310,8 @@ def _run(args: argparse.Namespace) -> int:
         print(table(pairs, after, found))
         print("\n".join(f"left out: {line}" for line in left_out))
         print(f"appended {number} Records to {path}, predictions and measurements to {args.ledger}")
+        verdicts = [row.verdict for row in found]
+        print(f"{number} points; {verdicts.count(PASS)} goals pass, {verdicts.count(SHORT)} fall short")
     return 1 if any(row.verdict == SHORT for row in found) else 0
 
 
