@@ -80,7 +80,7 @@ def run_case(case: Case, clock: Clock, run: Run) -> Iterator[Outcome]:
         able, errors, given, given_douts = [], {}, {}, {}
     saved = {p.name: _saved_bytes(p, given[p.joint]) for p in able} if BOTH in case.directions else {}
     for direction in case.directions:
-        works = {p.name: _work(p, given[p.joint], given_douts[p.joint], direction) for p in able}
+        works = {p.name: work_of(p, given[p.joint], given_douts[p.joint], direction) for p in able}
         found, broken = interleaved(clock, works, run.budget_s, rounds=run.rounds)
         absent |= {name: (why, True) for name, why in broken.items()}
         for provider in case.providers:
@@ -162,7 +162,9 @@ def _first_that_runs(able: Sequence[Provider], problem: Problem) -> Sequence[Ten
     raise failed
 
 
-def _work(provider: Provider, problem: Problem, douts: list[Tensor], direction: str) -> Work:
+def work_of(provider: Provider, problem: Problem, douts: list[Tensor], direction: str) -> Work:
+    """What the clock gets for one direction; before backward alone, its forward is prepared."""
+
     def backward(outputs: Sequence[Tensor]) -> object:
         return torch.autograd.grad(list(outputs), problem.wanted(), douts)
 

@@ -19,7 +19,7 @@ FOLDERS = {
 
 # The longest name that fits decides; a package's row holds for what is in it.
 LAYERS = {
-    4: "train step recipe_run recipe_report dry_run resume carry validate train_console sample export quickstart report memory memory_picture doctor cli benchmarks",
+    4: "train step recipe_run recipe_report dry_run resume carry validate train_console sample export quickstart report memory memory_picture doctor tune cli benchmarks",
     3: "parallel.apply checkpoint checkpoint_writer data metrics",
     2: "model parallel offload.hooks ema optimizer video buckets schedule cache",
     1: "kernels attention offload",

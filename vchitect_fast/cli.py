@@ -23,6 +23,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "raw videos to a training set: clips, scores, verdicts with reasons, a report",
     ),
     "autotune": ("vchitect_fast.autotune.command", "measure this machine and write the Plan that train obeys"),
+    "tune": (
+        "vchitect_fast.tune",
+        "measure tiles and backends of attention on this GPU, for a table that launches look up",
+    ),
     "memory": ("vchitect_fast.memory", "what a step keeps, moves to host memory and recomputes, byte by byte"),
     "train": ("vchitect_fast.train", "train a transformer by a Plan"),
     "sample": ("vchitect_fast.sample", "make a video from a prompt"),
