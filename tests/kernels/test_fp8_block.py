@@ -116,7 +116,10 @@ def test_the_kernels_err_as_the_definition_does(
 def test_rebuilt_in_backward_and_of_any_strides_it_has_the_same_bits(impl: str, device: torch.device) -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     block = make_block(dtype).to(device)
-    tensors = [x.detach().to(device).requires_grad_() for x in make_inputs(2, 2, 3, 5, dtype)]
+    size = (
+        (1, 2, 2, 1) if impl == "triton" and device.type == "cpu" else (2, 2, 3, 5)
+    )  # interpreted: 6 s a run of the larger
+    tensors = [x.detach().to(device).requires_grad_() for x in make_inputs(*size, dtype)]
     run = partial(handwritten_block, impl=impl, fp8=True)
     kept = values(block, tensors, run)
     rebuilt = values(block, tensors, partial(run, policy=Policy.recompute()))
