@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from contextlib import nullcontext
 from functools import partial
 from threading import RLock
 from typing import Any
@@ -104,7 +105,8 @@ class Engine:
                 "(limits of the container included); offload less, or raise the limit."
             )
         self.budget_error: type[Exception] = _C.BudgetError
-        self.mover = _C.Engine(budget, SLOT_BYTES, cuda=cuda, numa_node=numa_node, **debug)
+        with torch.cuda.device(self.device) if cuda else nullcontext():  # the copier's is the one that is current
+            self.mover = _C.Engine(budget, SLOT_BYTES, cuda=cuda, numa_node=numa_node, **debug)
         self.max_in_flight_bytes = max_in_flight_bytes
         self.lock = RLock()
         self._known: dict[tuple[Any, ...], weakref.ref[Entry]] = {}
