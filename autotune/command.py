@@ -32,6 +32,7 @@ from vchitect_fast.plan import PARKABLE, Plan, Policy, check_place
 from vchitect_fast.shapes import VideoShape
 
 VERBS = ("probe", "plan", "explain", "verify", "report", "scale", "export")
+TOO_ROUGH = 0.5  # of the mean error at sizes that were held out
 EPILOG = f"""\
 verbs: none = probe (unless --cluster exists) and plan; probe = measure, write --cluster; plan = from --cluster alone;
 explain = print --plan and why; verify = run steps of --plan here, print predicted against measured; report = --plan as a page;
@@ -287,6 +288,12 @@ def _measure(path: str, quiet: bool, manifest: str | None) -> Cluster | None:
         f"measured {device.name}: matmul {rates}; memory {copied:.1f} GB/s, {device.memory_bytes / 2**30:.1f} GiB; wrote {path}",
         quiet,
     )
+    if (error := device.fit_error or 0.0) > TOO_ROUGH:
+        _say(
+            f"sizes held out of the fit are off by {error:.0%}: the machine was busy, or its speed varies; no prediction is better "
+            "than that. Measure again with `autotune probe` when it is quiet.",
+            quiet,
+        )
     return cluster
 
 

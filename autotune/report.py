@@ -57,12 +57,12 @@ def render(plan: Plan) -> RenderableType:
         lost.add_column(heading, justify="right" if heading in ("step", "peak") else "left")
     for entry in plan.entries:
         for other in entry.runners_up:
-            row = (entry.shape, other["choice"], seconds(other["step_s"]), gib(other["peak_gib"]), other["why"])
-            lost.add_row(*map(str, row))
+            figures = seconds(other["step_s"]), gib(other["peak_gib"])
+            lost.add_row(entry.shape, other["choice"], *figures, other["why"])
     rests_on = Text(
         "predictions rest on: " + "; ".join(dict.fromkeys(entry.predicted.confidence for entry in plan.entries))
     )
-    return Group(chosen, Text("\n".join(lines) + "\n"), lost, rests_on)
+    return Group(chosen, Text("\n".join(lines) + "\n"), *([lost] if lost.row_count else []), rests_on)
 
 
 def render_explanation(found: Explanation) -> RenderableType:

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from made_up_device import cluster
+from made_up_device import cluster, device
 
 from vchitect_fast import step
 from vchitect_fast.architecture import preset
@@ -56,6 +56,16 @@ def test_bare_measures_plans_and_writes_both(
         assert words in printed
 
 
+def test_a_probe_of_a_busy_machine_is_called_rough(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for error in (0.2, 4.94):
+        found = replace(cluster(), device=device(fit_error=error))
+        monkeypatch.setattr(probe, "probe", lambda progress, manifest, found=found: found)
+        assert main(["autotune", "probe", "--cluster", str(here / "busy.json")]) == 0
+        assert ("off by 494%: the machine was busy" in capsys.readouterr().out) == (error > 1)
+
+
 def test_bare_reuses_a_measurement_of_this_machine(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "probe", None)  # measuring would fail
     assert main(["autotune", *PLAN, "--cluster", "cluster.json"]) == 0
@@ -77,7 +87,7 @@ def test_explain_prints_a_plan(here: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["autotune", "plan", *PLAN]) == 0
     capsys.readouterr()
     assert main(["autotune", "explain"]) == 0
-    assert "why the others lost" in capsys.readouterr().out
+    assert "where the time goes" in capsys.readouterr().out
 
 
 def test_verify_measures_what_was_predicted(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
