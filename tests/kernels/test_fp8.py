@@ -111,6 +111,21 @@ def test_norms_write_fp8(residual: bool, size: tuple[int, ...], dtype: torch.dty
             assert same(q, low_q) and torch.equal(scale, low_scale)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(3, 33), (70, 1100), pytest.param((13320, 6144), marks=pytest.mark.gpu)], ids=str)
+def test_the_backward_of_gelu_writes_fp8(size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    """As GELU; the bias gradient is that of rows that were not rounded, over more programs than one."""
+    dy = draw(size, dtype, device)
+    x, bias = torch.randn(size).to(device, dtype), (torch.randn(size[1]) + 3).to(device, dtype)
+    dbias, q, scale = fp8_rows.launch_gelu_backward(dy, x, bias)
+    exact_dbias, exact = steps.gelu_backward(dy.double(), x.double(), bias.double())
+    low_dbias, low = steps.gelu_backward(dy.clone(), x, bias)
+    low_q, low_scale = reference.quantised_rows(low)
+    values, low = q.float() * scale[:, None], low_q.float() * low_scale[:, None]
+    assert_close_to_exact(values, exact, low, reduced=1)
+    assert_close_to_exact(dbias, exact_dbias, low_dbias, reduced=size[0])
+
+
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, id="float32")])
 def test_products(dtype: torch.dtype, turned: bool, device: torch.device) -> None:

@@ -37,6 +37,14 @@ def gate(z):
 
 
 @triton.jit
+def gradient(z):
+    """dy/dz of the formula above."""
+    s = gate(z)
+    du = (1.0 + z * z * (3.0 * CUBIC)) * SQRT_2_OVER_PI
+    return s + 2.0 * z * s * (1.0 - s) * du
+
+
+@triton.jit
 def _forward_kernel(
     x_ptr,
     bias_ptr,
@@ -85,9 +93,7 @@ def _backward_kernel(
         inside = (r < num_rows) & (d < num_columns)
         dy = tl.load(dy_ptr + r * stride_dyr + d, mask=inside, other=0.0).to(tl.float32)
         z = tl.load(x_ptr + r * stride_xr + d, mask=inside, other=0.0).to(tl.float32) + bias
-        s = gate(z)
-        du = (1.0 + z * z * (3.0 * CUBIC)) * SQRT_2_OVER_PI
-        dx = dy * (s + 2.0 * z * s * (1.0 - s) * du)
+        dx = dy * gradient(z)
         tl.store(dx_ptr + r * stride_dxr + d, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         total += dx
     tl.store(dbias_ptr + chunk * num_columns + d, tl.sum(total, axis=0, keep_dims=True), mask=d < num_columns)

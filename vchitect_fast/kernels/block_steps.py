@@ -90,6 +90,11 @@ def gelu_fp8(pre_RK: Tensor, bias_K: Tensor) -> Tensors:
     return fp8_rows.launch_rows(pre_RK, bias_K)
 
 
+def gelu_backward_fp8(dh_RK: Tensor, pre_RK: Tensor, bias_K: Tensor) -> Tensors:
+    """gelu_backward, likewise, dh untouched: dbias, and q and its scales [R]."""
+    return fp8_rows.launch_gelu_backward(dh_RK, pre_RK, bias_K)
+
+
 def residual(x_BLD: Tensor, branch_BLD: Tensor, gate_BD: Tensor) -> None:
     """branch becomes x + gate branch."""
     gated_residual.forward_into(x_BLD, branch_BLD, gate_BD, branch_BLD, None)

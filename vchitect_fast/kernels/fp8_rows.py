@@ -2,9 +2,10 @@
 
     quantise      x [R, K] -> q [R, K] in e4m3, scale [R] in fp32, a power of two a row         reference.py's quantised_rows
     bias_gelu     the same of GELU (tanh) of x + bias, which is never written in 16 bits
+    its backward  the same of dy GELU'(x + bias), and dbias, the sum of its rows before they are rounded
     turn          q, scale -> qT [K, R up to a multiple of 16], scale [1]                       reference.py's turned
 A program owns whole rows in its registers, so its largest value is known before anything is written: K <= 16384.
-Bytes: quantise 3 R K in 16 bits, bias_gelu the same, turn 2 R K; over the memory's speed that is the floor. Steps of a block
+Bytes: quantise 3 R K in 16 bits, bias_gelu the same, its backward 5 R K + 8 R K / 64, turn 2 R K; over the memory's speed that is the floor. Steps of a block
 without a gradient of their own.
 
 R rows, K columns.
@@ -22,7 +23,7 @@ from vchitect_fast.kernels._fp8 import FIRST_CC, to_e4m3
 from vchitect_fast.kernels._fp8 import quantise as quantised
 from vchitect_fast.kernels._op import register
 from vchitect_fast.kernels.aot import Variant, pointers
-from vchitect_fast.kernels.bias_gelu import gate
+from vchitect_fast.kernels.bias_gelu import gate, gradient
 from vchitect_fast.kernels.fp8 import E4M3
 
 
@@ -51,6 +52,42 @@ def _rows_kernel(
     q, scale = quantised(v, INTERPRETED)
     tl.store(q_ptr + r * num_columns + k, q, mask=inside)
     tl.store(scale_ptr + r, scale, mask=is_row)
+
+
+@triton.jit
+def _gelu_backward_kernel(
+    dy_ptr,
+    x_ptr,
+    bias_ptr,
+    q_ptr,
+    scale_ptr,
+    dbias_ptr,
+    stride_dyr,
+    stride_xr,
+    num_rows,
+    num_columns,
+    INTERPRETED: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)[None, :]
+    is_column = k < num_columns
+    bias = tl.load(bias_ptr + k, mask=is_column, other=0.0).to(tl.float32)
+    total = tl.zeros((1, BLOCK_K), tl.float32)
+    for block in range(NUM_BLOCKS):
+        r = (pid * NUM_BLOCKS + block) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+        is_row = r < num_rows
+        inside = is_row & is_column
+        dy = tl.load(dy_ptr + r * stride_dyr + k, mask=inside, other=0.0).to(tl.float32)
+        z = tl.load(x_ptr + r * stride_xr + k, mask=inside, other=0.0).to(tl.float32) + bias
+        dx = dy * gradient(z)  # 0 outside
+        total += tl.sum(dx, axis=0, keep_dims=True)
+        q, scale = quantised(dx, INTERPRETED)
+        tl.store(q_ptr + r * num_columns + k, q, mask=inside)
+        tl.store(scale_ptr + r, scale, mask=is_row)
+    tl.store(dbias_ptr + pid * num_columns + k, total, mask=is_column)
 
 
 @triton.jit
@@ -93,6 +130,27 @@ def launch_rows(x_RK: Tensor, bias_K: Tensor | None = None) -> tuple[Tensor, Ten
         num_warps=tiles.fp8_row_warps(block),
     )
     return q, scale
+
+
+def launch_gelu_backward(dy_RK: Tensor, x_RK: Tensor, bias_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dbias in fp32, and q and scale of the gradient of x. Nothing is checked."""
+    R, K = x_RK.shape
+    q, scale = _fake_rows(x_RK)
+    block = max(16, triton.next_power_of_2(K))
+    block_rows = tiles.fp8_block_rows(block)
+    num_blocks = max(1, tiles.FP8_GELU_ROWS // block_rows)
+    num_programs = triton.cdiv(R, block_rows * num_blocks)
+    partial = x_RK.new_empty(num_programs, K, dtype=torch.float32)
+    _gelu_backward_kernel[(num_programs,)](
+        *(dy_RK, x_RK, bias_K, q, scale, partial),
+        *(dy_RK.stride(0), x_RK.stride(0), R, K),
+        INTERPRETED=_check.interpreted(),
+        NUM_BLOCKS=num_blocks,
+        BLOCK_R=block_rows,
+        BLOCK_K=block,
+        num_warps=tiles.fp8_gelu_warps(block),
+    )
+    return partial.sum(0), q, scale
 
 
 def launch_turn(q_RK: Tensor, scale_R: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,6 +227,19 @@ def aot_variants() -> list[Variant]:
         label = f"fp8_rows bf16 K={K}{' gelu' if gelu else ''}"
         variants.append(
             Variant(_rows_kernel, signature, constants, tiles.fp8_row_warps(block), label, first_cc=FIRST_CC)
+        )
+    for K in (256, 6144):  # 4 D at D = 64 and 1536
+        block = triton.next_power_of_2(K)
+        signature = (
+            pointers("bf16:16", "dy", "x", "bias") | pointers("fp8e4nv:16", "q") | pointers("fp32:16", "scale", "dbias")
+        )
+        signature |= {"stride_dyr": "i32:16", "stride_xr": "i32:16", "num_rows": "i32", "num_columns": "i32:16"}
+        rows = tiles.fp8_block_rows(block)
+        constants = {"INTERPRETED": False, "NUM_BLOCKS": max(1, tiles.FP8_GELU_ROWS // rows), "BLOCK_R": rows}
+        constants |= {"BLOCK_K": block}
+        label = f"fp8_rows bf16 K={K} gelu backward"
+        variants.append(
+            Variant(_gelu_backward_kernel, signature, constants, tiles.fp8_gelu_warps(block), label, first_cc=FIRST_CC)
         )
     tile = tiles.FP8_TURN
     signature = pointers("fp8e4nv:16", "q", "out") | pointers("fp32:16", "ratio")

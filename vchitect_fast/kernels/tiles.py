@@ -43,6 +43,14 @@ def fp8_block_rows(block_columns: int) -> int:
     return max(1, 2048 // block_columns)
 
 
+FP8_GELU_ROWS = 64  # that one program of the backward sums; not measured
+
+
+def fp8_gelu_warps(block_columns: int) -> int:
+    """Not measured. 16 values a thread: four rows of fp32 are held at once."""
+    return min(16, max(1, block_columns // 512))
+
+
 def fp8_row_warps(block_columns: int) -> int:
     """Not measured. 32 fp32 values a thread; a row of 16384 in 16 warps."""
     return min(16, max(1, block_columns // 1024))

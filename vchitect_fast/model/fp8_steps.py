@@ -7,7 +7,7 @@
 On a CPU either says what fp8 does to a training, and nothing of its speed. A weight is rounded at each call, forward and
 backward: kept, it would cost half of its bytes a block. A gated product rounds gate x W, so its gradient is of that weight.
 
-Who writes fp8: GELU and both norms on the kernels; attention's outputs, gradients and weights by the quantiser that stands
+Who writes fp8: both norms, GELU and its backward on the kernels; attention's outputs, other gradients and weights by the quantiser that stands
 alone, one more pass over its rows. A kernel rounds once, from fp32; the definition rounds what 16 bits left.
 """
 
@@ -65,7 +65,7 @@ class Fp8:
     rows: Callable[[Tensor], tuple[Tensor, Tensor]]
     turn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     product: Callable[..., Tensor]
-    fused: Any = None  # norm_fp8, residual_norm_fp8 and gelu_fp8 of kernels/block_steps.py
+    fused: Any = None  # norm_fp8, residual_norm_fp8, gelu_fp8, gelu_backward_fp8 of kernels/block_steps.py
 
     def table(self) -> Steps:
         """These in the place of those of `steps`."""
@@ -101,7 +101,10 @@ class Fp8:
         return self.operand(self.steps.gelu(pre_RK, bias_K))
 
     def gelu_backward(self, dh_RK: Tensor, pre_RK: Tensor, bias_K: Tensor) -> tuple[Tensor, Quantised]:
-        """dbias, and dpre rounded."""
+        """dbias, and dpre rounded, likewise."""
+        if self.fused:
+            dbias, q, scale = self.fused.gelu_backward_fp8(dh_RK, pre_RK, bias_K)
+            return dbias, Quantised(q, scale, dh_RK.dtype)
         dbias, dpre = self.steps.gelu_backward(dh_RK, pre_RK, bias_K)
         return dbias, self.operand(dpre)
 
