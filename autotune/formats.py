@@ -239,7 +239,7 @@ def _unsaid(plan: Plan, entry: PlanEntry, target: str, *, exchanges_heads: bool)
         found.append(f"sp cuts {how.get(shard.axis, shard.axis)}: {target} cuts {theirs}.")
     if entry.num_chunks > 1:
         found.append(f"num_chunks {entry.num_chunks}: {target} computes a block at once.")
-    if set(entry.attention.values()) != {"sdpa"}:
+    if not set(entry.attention.values()) <= {"auto", "sdpa"}:
         chosen = ", ".join(f"{branch} {backend}" for branch, backend in entry.attention.items())
         found.append(f"attention backends ({chosen}): {target} chooses its own.")
     if plan.parked:

@@ -142,7 +142,7 @@ class PlanEntry:
     prefetch_depth: int = 1  # blocks of which anything is offloaded, fetched ahead of use in backward
     num_chunks: int = 1
     vae_mini_batch: int = 8  # frames encoded at once
-    attention: dict[str, str] = field(default_factory=lambda: {"spatial": "sdpa", "temporal": "sdpa", "cross": "sdpa"})
+    attention: dict[str, str] = field(default_factory=lambda: dict.fromkeys(BRANCHES, "auto"))
     runners_up: tuple[dict[str, Any], ...] = ()  # {choice, step_s, peak_gib, why}
 
     def __post_init__(self) -> None:

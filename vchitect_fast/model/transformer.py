@@ -29,7 +29,7 @@ from vchitect_fast.model.exchange import WHOLE, Sharding
 from vchitect_fast.model.handwritten import handwritten_block
 from vchitect_fast.offload.hooks import Saving
 from vchitect_fast.offload.policy import check_policy, effective, offloads
-from vchitect_fast.plan import RECOMPUTE, Policy, ShardSpec
+from vchitect_fast.plan import BRANCHES, RECOMPUTE, Policy, ShardSpec
 from vchitect_fast.profiling.span import span
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 ALL_BRANCHES = Branches()
 # Who computes the blocks on a type of device unless set_kernels says otherwise; {"cuda": "triton"} once it is measured.
 DEFAULT_KERNELS: dict[str, str] = {}
-SDPA = {"spatial": "sdpa", "temporal": "sdpa", "cross": "sdpa"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class VchitectTransformer(nn.Module):
         self.proj_out = nn.Linear(D, config.patch_size**2 * config.out_channels)
         self.policy: tuple[Policy, ...] = (Policy.keep(),) * L
         self.saving = Saving()
-        self.attention_backend = dict(SDPA)
+        self.attention_backend = dict.fromkeys(BRANCHES, "auto")
         self.kernels: str | None = None
         self.fp8 = False
         self.num_chunks = 1
