@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import subprocess
 import sys
 import types
 
@@ -140,3 +141,24 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
     assert f"vchitect-fast {command}" in (parser.epilog or ""), "the epilog needs an example to copy"
     lacking = [action.option_strings or action.dest for action in parser._actions if not action.help]
     assert lacking == []
+
+
+def test_a_reader_that_leaves_is_no_traceback() -> None:
+    """`vchitect-fast ... | head`: the pipe is closed before much is written."""
+    lines = (
+        "import sys, types",
+        "from vchitect_fast import cli",
+        "m = types.ModuleType('talks')",
+        "m.add_arguments = lambda parser: None",
+        "m.run = lambda args: [print('x' * 70) for _ in range(9999)] and 0",
+        "sys.modules['talks'] = m",
+        "cli.COMMANDS['talk'] = ('talks', 'talks')",
+        "sys.exit(cli.main(['talk']))",
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-c", "\n".join(lines)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stdout and child.stderr
+    assert child.stdout.readline().startswith("xxx")
+    child.stdout.close()
+    assert (child.stderr.read(), child.wait()) == ("", 141)

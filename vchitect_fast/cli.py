@@ -3,13 +3,15 @@
 A command is a module with `add_arguments(parser)` and `run(args) -> int`; `SUBCOMMANDS`, where it has them, are functions that take
 the words after their name. Exit codes: 0 done, 1 done but with a doubt that
 the command names, 2 a mistake that the user can mend, memory that ran out included (one sentence on stderr), 130 stopped
-with Ctrl-C.
+with Ctrl-C, 141 when whoever reads its output left.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 
 from vchitect_fast import __version__
@@ -87,12 +89,17 @@ def main(arguments: list[str] | None = None) -> int:
         parser, module = parser_of(arguments[0])
         prefix = parser.prog
         if verb := getattr(module, "SUBCOMMANDS", {}).get(arguments[1] if len(arguments) > 1 else None):
-            return verb(arguments[2:])
-        return module.run(parser.parse_args(arguments[1:]))  # type: ignore[attr-defined]
+            code: int = verb(arguments[2:])
+        else:
+            code = module.run(parser.parse_args(arguments[1:]))  # type: ignore[attr-defined]
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"{prefix}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return 128 + signal.SIGPIPE
         if not (reason := _out_of_memory(error)):
             raise
         print(
@@ -104,6 +111,16 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{prefix}: stopped.", file=sys.stderr)
         return 130
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads standard output any more (`| head`); what is still to be written then goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _out_of_memory(error: Exception) -> str:
