@@ -20,12 +20,13 @@ from vchitect_fast.autotune.explain import Explanation, explained, filling
 from vchitect_fast.autotune.memory import GIB
 from vchitect_fast.autotune.model import Outcome
 from vchitect_fast.autotune.pictures import Point, front, near, peak, streams
+from vchitect_fast.autotune.reasons import num_doing
 from vchitect_fast.autotune.report import PART_NAMES, SAID, gib, seconds
 from vchitect_fast.cluster import Cluster, Link
 from vchitect_fast.errors import UserError
 from vchitect_fast.files import write_text
 from vchitect_fast.page import cards, figure, foreign, page, table, text
-from vchitect_fast.plan import Plan
+from vchitect_fast.plan import OFFLOAD, Plan
 
 DEFAULT_OUT = "plan.json"  # of `autotune`: stands for no --out here
 
@@ -71,14 +72,14 @@ def _overview(found: Sequence[Explanation]) -> str:
         "visual tokens/s",
         "peak",
         "to spare",
-        "blocks recomputing",
-        "offloading",
+        "recompute",
+        "offload",
+        "chunks",
     )
     rows = []
     for item in found:
         tokens, cost = item.problem.shape.num_visual_tokens(item.problem.config.patch_size), item.outcome.cost
-        moving = sum(way.moved_bytes > 0 for way in item.outcome.ways)
-        again = sum(way.again_s > 0 for way in item.outcome.ways)
+        blocks = len(item.entry.policy)
         rows.append(
             (
                 f'<a href="#{text(item.entry.shape)}">{text(item.entry.shape)}</a>',
@@ -87,8 +88,9 @@ def _overview(found: Sequence[Explanation]) -> str:
                 f"{item.problem.batch * tokens / cost.step_s:,.0f}",
                 gib(item.outcome.memory.peak_bytes / GIB),
                 _spare(item),
-                f"{again}",
-                f"{moving}",
+                f"{item.entry.num_recomputed} of {blocks}",
+                f"{num_doing(OFFLOAD, item.entry.policy)} of {blocks}",
+                f"{item.entry.num_chunks}",
             )
         )
     return table(heads, rows)
