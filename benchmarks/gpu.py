@@ -115,14 +115,15 @@ def planner(*words: str) -> tuple[Words, Words]:
 HAS_COPIER = """\
 import sys
 from vchitect_fast import _C
+print(_C.build_info())
 sys.exit(0 if _C.build_info()["cuda"] else "the C++ module has no CUDA copier")
 """
 STAGES = (
     Stage(
-        "build", "what is here; the C++ module with its CUDA copier compiles and imports",
-        ((*CLI, "doctor"), (*PYTHON, "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."),
+        "build", "the C++ module with its CUDA copier compiles and imports",
+        ((*PYTHON, "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."),
          (sys.executable, "-P", "-c", HAS_COPIER)),
-        60, 180, tiny=((*CLI, "doctor"),),
+        60, 180, tiny=((sys.executable, "-P", "-c", HAS_COPIER),),
     ),
     pytest("tests/offload", "tests-offload", 25, 120, "a slow copy stream changes no gradient; copies overlap compute"),
     pytest("tests/kernels", "tests-kernels", 90, 200, "every kernel against fp64 at real sizes, bf16", processes="4"),
@@ -168,6 +169,7 @@ STAGES = (
         (ours("fp8_parity", "--out", "{out}/records-fp8.jsonl", "--figure", "{out}/fp8.png"),), 180, 400, needs="av",
         tiny=(ours("fp8_parity", "--steps", "2", "--seeds", "1", "--out", "{out}/records-fp8.jsonl", "--figure", "{out}/fp8.png"),),
     ),
+    Stage("doctor", "what this machine can do, what is missing", ((*CLI, "doctor"),), 10, 60, tiny=((*CLI, "doctor"),)),
 )  # fmt: skip
 
 
