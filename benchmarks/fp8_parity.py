@@ -47,7 +47,7 @@ from vchitect_fast.manifest import Clip, write_manifest
 from vchitect_fast.optimizer import MasterAdamW
 from vchitect_fast.parallel.mesh import ALONE
 from vchitect_fast.plan import Plan, PlanEntry, Policy, Prediction
-from vchitect_fast.quickstart import FPS, SAMPLES_A_STEP, SHAPE, example_folder, train_config
+from vchitect_fast.quickstart import SAMPLES_A_STEP, SHAPE, example_folder, train_config
 from vchitect_fast.shapes import VideoShape
 from vchitect_fast.step import Step
 from vchitect_fast.train import build_data, build_model, build_pipeline
@@ -88,6 +88,13 @@ class Setting:
     shape: VideoShape = SHAPE
     steps: int = 400
     seeds: int = 2
+    rate: float | None = None  # learning rate at its peak; None = the quickstart's
+
+    def __str__(self) -> str:
+        rate = "" if self.rate is None else f", rate {self.rate:g}"
+        return (
+            f"{self.model} {self.shape}, {self.steps} steps x {self.seeds} seed{'' if self.seeds == 1 else 's'}{rate}"
+        )
 
 
 @dataclass(frozen=True)
@@ -170,7 +177,8 @@ def configured(way: Way, setting: Setting, seed: int, folder: Path) -> tuple[Tra
     manifest = folder / "clips.jsonl"
     write_manifest(clips(), manifest)
     config = train_config(folder, manifest, setting.steps)
-    return replace(config, model=setting.model, seed=seed, fps=FPS, fp8_linears=way.fp8), plan
+    rate = setting.rate or config.learning_rate
+    return replace(config, model=setting.model, seed=seed, learning_rate=rate, fp8_linears=way.fp8), plan
 
 
 def measure(setting: Setting, *, quiet: bool) -> dict[Way, Curve]:
@@ -226,13 +234,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", metavar="FILE", help="where Records go (default: benchmarks/results/DEVICE.jsonl)")
     parser.add_argument("--json", action="store_true", help="print curves and Records instead of a table")
+    parser.add_argument("--rate", type=float, metavar="RATE", help="peak learning rate (default: the quickstart's)")
     args = parser.parse_args(arguments)
     try:
         if min(args.steps, args.seeds) < 1:
             raise UserError(
                 f"--steps and --seeds are numbers from 1 up, got {args.steps} and {args.seeds}; correct them."
             )
-        setting = Setting(args.model, VideoShape.parse(args.shape)[0], args.steps, args.seeds)
+        setting = Setting(args.model, VideoShape.parse(args.shape)[0], args.steps, args.seeds, args.rate)
         found, about = measure(setting, quiet=args.json), origin(command_of(setting))
         records = [record_of(way, setting, found, about) for way in found]
         out = Path(args.out or results_file(about.device))
@@ -246,7 +255,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     draw(found, setting, about).savefig(figure, dpi=110, metadata={"Software": None})
     if args.json:
         curves = {way.name: found[way].losses.tolist() for way in found}
-        print(json.dumps({"losses": curves, "records": [asdict(record) for record in records], "figure": str(figure)}))
+        off = {way.name: asdict(difference(found[way], found[REFERENCE])) for way in found}
+        print(
+            json.dumps(
+                {
+                    "losses": curves,
+                    "differences": off,
+                    "records": [asdict(record) for record in records],
+                    "figure": str(figure),
+                }
+            )
+        )
     else:
         console = Console(highlight=False)
         (console if console.is_terminal else Console(highlight=False, width=140)).print(table(found, setting))
@@ -266,16 +285,15 @@ def record_of(way: Way, setting: Setting, found: Mapping[Way, Curve], about: Ori
     samples: Samples = summary(found[way].seconds)
     emulated = ", emulated" if way.fp8 and not torch.cuda.is_available() else ""
     return Record(
-        "fp8 parity", f"{way.name}{emulated} (ours)", f"{setting.model} {setting.shape}, {setting.steps} steps x "
-        f"{setting.seeds} seeds", way.dtype, BOTH, **asdict(samples), rate=None, unit=None, error_vs_fp64=None,
-        ceiling=None, saved_bytes=None, **asdict(about), loss=float(found[way].tails.mean()),
-        loss_error=difference(found[way], found[REFERENCE]).tail,
+        "fp8 parity", f"{way.name}{emulated} (ours)", str(setting), way.dtype, BOTH, **asdict(samples), rate=None,
+        unit=None, error_vs_fp64=None, ceiling=None, saved_bytes=None, **asdict(about),
+        loss=float(found[way].tails.mean()), loss_error=difference(found[way], found[REFERENCE]).tail,
     )  # fmt: skip
 
 
 def table(found: Mapping[Way, Curve], setting: Setting) -> Table:
     """A row a Way."""
-    title = f"{setting.model}, {setting.shape}, {setting.steps} steps, {setting.seeds} seeds; bound {BOUND:.2%} of {REFERENCE.name}"
+    title = f"{setting}; bound {BOUND:.2%} of {REFERENCE.name}"
     shown = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     headings = (
         "run",
@@ -309,7 +327,7 @@ def draw(found: Mapping[Way, Curve], setting: Setting, about: Origin) -> Any:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
     colors = dict(zip(WAYS, ("black", OURS_COLORS[0], OTHER_COLORS[3], OTHER_COLORS[1]), strict=True))
@@ -320,16 +338,19 @@ def draw(found: Mapping[Way, Curve], setting: Setting, about: Origin) -> Any:
         left.plot(steps, curve, style, color=colors[way], linewidth=1.4, label=way.name)
         right.plot(steps, curve / reference - 1, style, color=colors[way], linewidth=1.4)
     left.set_yscale("log")
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
+    left.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    left.yaxis.set_minor_formatter(NullFormatter())
     left.set_ylabel(f"loss, smoothed by {SMOOTHING}, mean of {setting.seeds} seeds (log)", fontsize=8)
     right.set_ylabel(f"difference from {REFERENCE.name}", fontsize=8)
-    right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=2))
+    right.yaxis.set_major_formatter(PercentFormatter(1.0))
     for axes in (left, right):
         axes.set_xlabel("step", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
         axes.legend(fontsize=8, frameon=False)
     emulated = "" if torch.cuda.is_available() else ", fp8 emulated"
-    figure.suptitle(f"{setting.model}, {setting.shape}, real clips; {about.device}{emulated}", fontsize=10)
+    figure.suptitle(f"{setting}, real clips; {about.device}{emulated}", fontsize=10)
     return figure
 
 
