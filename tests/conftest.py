@@ -19,8 +19,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Before triton is first imported, by whatever test: its own library is made for the GPU or the interpreter then.
+# Where the device files of a GPU have other names (WSL), say TRITON_INTERPRET=0, as `make gpu` does.
 if not glob.glob("/dev/nvidia[0-9]*"):
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def _no_gpu() -> str:
