@@ -16,7 +16,7 @@ from vchitect_fast.benchmarks.fp8_parity import BOUND, REFERENCE, WAYS, Curve, d
 from vchitect_fast.benchmarks.record import load
 from vchitect_fast.model import fp8_steps, handwritten
 
-NANO = ["--model", "vchitect-nano", "--shape", "4x32x16", "--steps", "5", "--seeds", "1", "--rate", "0.002"]
+NANO = ["--model", "vchitect-nano", "--shape", "4x32x16", "--steps", "5", "--seeds", "1", "--rate", "0.02"]
 
 
 def test_four_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,7 +43,7 @@ def test_four_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert len({tuple(found) for found in losses.values()}) == 4
     records = {record.provider.split(",")[0] + record.dtype: record for record in load(out)}
     assert all(
-        record.command.endswith("--rate 0.002") and record.shape.endswith("1 seed, rate 0.002") for record in load(out)
+        record.command.endswith("--rate 0.02") and record.shape.endswith("1 seed, rate 0.02") for record in load(out)
     )
     assert len(load(out)) == 4 and load(out)[0].loss == losses[REFERENCE.name][-1]
     assert records["fp8bfloat16"].loss_error == pytest.approx(
