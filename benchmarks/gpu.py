@@ -105,13 +105,13 @@ def pytest(folder: str, name: str, expected_s: int, limit_s: int, shows: str, pr
     return Stage(name, shows, ((*words, *measured),), expected_s, limit_s, ((*words, "--collect-only"),), folder)
 
 
-def planner(*words: str) -> tuple[Words, Words]:
-    """The probe of this machine, then the points."""
-    places = ("--cluster", "{out}/cluster.json"), ("--ledger", "{out}/planner.ledger.jsonl")
-    probe = (*CLI, "autotune", "probe", *places[0])
-    return probe, ours("planner", *places[0], *places[1], "--out", "{out}/records-planner.jsonl", *words)
+def planner(*words: str) -> tuple[Words, ...]:
+    """Predictions from the probe's file, then the points."""
+    places = ("--cluster", "{out}/cluster.json", "--ledger", "{out}/planner.ledger.jsonl")
+    return (ours("planner", *places, "--out", "{out}/records-planner.jsonl", *words),)
 
 
+PROBE = ((*CLI, "autotune", "probe", "--cluster", "{out}/cluster.json"),)
 HAS_COPIER = """\
 import sys
 from vchitect_fast import _C
@@ -144,9 +144,10 @@ STAGES = (
         "offload", "copies, slab, block inputs, a fifth of the blocks, bytes freed, best mix",
         (ours("offload_goals", "--only", "copies", "set-up", "spin", "steps"),), 80, 200,
     ),
+    Stage("probe", "rates and links of this machine, which the planner predicts from", PROBE, 60, 200, tiny=PROBE),
     Stage(
-        "planner", "probe, predictions to the ledger, then 32 points: errors, regret, tau",
-        planner("--shapes", "4", "--rounds", "1"), 150, 280, tiny=planner("--shapes", "1", "--rounds", "1"),
+        "planner", "predictions to the ledger, then 32 points: errors, regret, tau; needs the probe",
+        planner("--shapes", "4", "--rounds", "1"), 100, 240, tiny=planner("--shapes", "1", "--rounds", "1"),
     ),
     Stage(
         "profile", "a 2B step: GPU time attributed, copies against the engine's counters, report.html",

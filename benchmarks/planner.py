@@ -146,7 +146,7 @@ def measure(
     cases: Cases, plans: Mapping[str, Plan], ledger: Ledger, *, commit: str | None = None,
     tell: Callable[[str], object] = lambda _: None,
 ) -> dict[str, list[Pair]]:  # fmt: skip
-    """Every entry of the Plans, by policy: all predictions to the ledger, then all rounds; their medians to the ledger."""
+    """Every entry of the Plans, by policy: all predictions to the ledger, then the rounds; a point's medians after its last."""
     config, device = cases.config, _device()
     for plan in plans.values():
         plan.check(model=config.fingerprint(), device=this_device())
@@ -155,6 +155,7 @@ def measure(
     written = [ledger.predict(item) for item in expected]
     step_once = build_step(next(iter(plans.values())), config, replace(ALONE, device=device))
     rounds: list[list[Measurement]] = [[] for _ in points]
+    pairs: dict[str, list[Pair]] = {name: [] for name in plans}
     for number in range(cases.num_rounds):
         for place, (name, entry) in enumerate(points):
             tell(f"round {number + 1} of {cases.num_rounds}: {entry.shape}, {name}")
@@ -162,17 +163,17 @@ def measure(
             step_once.model.saving = build_saving(plans[name], config, device)
             try:
                 rounds[place].append(measure_entry(step_once, entry, cases.num_steps, cases.num_warm_up))
-                continue
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError:  # its prediction stands in the ledger alone
                 tell(f"{entry.shape}, {name}: predicted to fit, the memory ran out")
+            else:
+                if (
+                    len(rounds[place]) == cases.num_rounds
+                ):  # at once, so that a run that is cut off leaves what it measured
+                    merged = replace(_merged(rounds[place]), commit=commit)
+                    ledger.measure(written[place], merged)
+                    pairs[name].append(Pair(expected[place], merged))
+                continue
             give_up(step_once)
-    pairs: dict[str, list[Pair]] = {name: [] for name in plans}
-    for place, (name, _) in enumerate(points):
-        if len(rounds[place]) < cases.num_rounds:  # its prediction stands in the ledger alone
-            continue
-        merged = replace(_merged(rounds[place]), commit=commit)
-        ledger.measure(written[place], merged)
-        pairs[name].append(Pair(expected[place], merged))
     return pairs
 
 

@@ -109,7 +109,9 @@ def test_every_prediction_is_written_before_the_first_step(tmp_path: Path, monke
     monkeypatch.setattr(planner, "measure_entry", watched)
     plans, _ = predictions(NANO, here(made_up_cluster().device))
     found = measure(NANO, plans, ledger)
-    assert seen == [(4, 0, shape, True) for shape in ("2x32x32", "4x32x32") * 4]
+    shapes = ("2x32x32", "4x32x32") * 4
+    numbers = [(4, 0)] * 4 + [(4, 0), (3, 1), (2, 2), (1, 3)]  # a point's measurement follows its last round
+    assert seen == [(*number, shape, True) for number, shape in zip(numbers, shapes, strict=True)]
     assert [item for group in found.values() for item in group] == [
         replace(item, expected=replace(item.expected, time=""), found=replace(item.found, time=""))
         for item in ledger.pairs()
