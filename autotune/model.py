@@ -28,6 +28,7 @@ from vchitect_fast.autotune.tasks import Microbatch, Prices
 from vchitect_fast.autotune.ways import Way, host_bytes, way, ways
 from vchitect_fast.cluster import Link
 from vchitect_fast.errors import UserError
+from vchitect_fast.offload.policy import TURN_BYTES
 from vchitect_fast.plan import Policy, ShardSpec
 from vchitect_fast.workload import DTYPE_BYTES, Workload
 
@@ -314,11 +315,11 @@ class StepModel:
     def _away(
         self, layout: Layout, points: list[tuple[float, Moment]], line: Timeline, parked: dict[str, int]
     ) -> list[tuple[float, Moment]]:
-        """The same without parked states, and one moment more: the update, for which each part comes back by itself."""
+        """The same without parked states, and one moment more: the update, for which they come and go in turns."""
         away = sum(parked.values())
         gone = [(t, replace(m, memory=replace(m.memory, states_bytes=m.memory.states_bytes - away))) for t, m in points]
         gradients = 4 * self.config.num_parameters(layout.num_shards)
-        states = gone[-1][1].memory.states_bytes + max(parked.values())
+        states = gone[-1][1].memory.states_bytes + min(3 * TURN_BYTES, max(parked.values()))
         update = replace(
             gone[-1][1].memory, states_bytes=states, gradients_bytes=gradients, saved_bytes=0,
             working_bytes=0, exchange_bytes=0, in_flight_bytes=0,
@@ -347,9 +348,14 @@ class StepModel:
         )
 
     def _parked_s(self, layout: Layout) -> float:
-        """Parked states are waited for when they come; they leave behind the next forward."""
+        """Parked states come and go at once; the first turn comes alone, the last leaves alone. No update hides them."""
         parked = parked_bytes(self.problem.workload(layout), self.problem.parked, num_shards=layout.num_shards)
-        return sum(self._copy_s("host_to_device", num_bytes) for num_bytes in parked.values())
+        ways = ("host_to_device", "device_to_host")
+        return sum(
+            max(self._copy_s(name, num_bytes) * self._both_ways(name) for name in ways)
+            * (1 + 1 / -(-num_bytes // TURN_BYTES))
+            for num_bytes in parked.values()
+        )
 
     def _encode_s(self, layout: Layout) -> float:
         """The codec on this rank's frames of one microbatch: frames are independent, each rank encodes its own."""

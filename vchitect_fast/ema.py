@@ -10,11 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from vchitect_fast.offload.policy import turns
 from vchitect_fast.parallel.shard import local_shard
+
+if TYPE_CHECKING:
+    from vchitect_fast.offload.states import InTurn
 
 
 class EMA:
@@ -26,11 +31,17 @@ class EMA:
         self.average = {name: tensor.detach().clone() for name, tensor in masters.items()}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """After optimizer step number `step`, counted from 0."""
+    def update(self, step: int, in_turn: InTurn | None = None) -> None:
+        """After optimizer step number `step`, counted from 0; `in_turn` as in MasterAdamW.step."""
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warm_up else self.decay
-        averages, masters = ([local_shard(x) for x in held.values()] for held in (self.average, self._masters))
-        torch._foreach_lerp_(averages, masters, 1 - decay)
+        sizes = {name: local_shard(master).nbytes for name, master in self._masters.items()}
+        groups = turns(sizes) if in_turn else [list(sizes)]
+
+        def blend(place: int) -> None:
+            averages, masters = ([local_shard(x[n]) for n in groups[place]] for x in (self.average, self._masters))
+            torch._foreach_lerp_(averages, masters, 1 - decay)
+
+        in_turn(groups, blend) if in_turn else blend(0)
 
     @contextmanager
     def standing_in(self, swapped: Callable[[], None] = lambda: None) -> Iterator[None]:

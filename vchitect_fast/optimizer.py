@@ -9,6 +9,7 @@ Weight decay applies to matrices only. Source: Micikevicius et al. 2018 (master 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,16 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from vchitect_fast.errors import UserError
+from vchitect_fast.offload.policy import turns
 from vchitect_fast.parallel.shard import global_norm, local_shard
+
+if TYPE_CHECKING:
+    from vchitect_fast.offload.states import InTurn
 
 WIDE = (torch.float32, torch.float64)
 EPS = 1e-8  # added to the root of the second moment
-KINDS = ("step", "exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("step", *MOMENTS)
 
 
 class MasterAdamW:
@@ -61,11 +67,11 @@ class MasterAdamW:
             }
 
     @torch.no_grad()
-    def step(self, learning_rate: float, clip_norm: float) -> Tensor:
+    def step(self, learning_rate: float, clip_norm: float, in_turn: InTurn | None = None) -> Tensor:
         """Clip to the global norm, update masters, copy them into the model, drop gradients. Returns the norm before clipping.
 
         A norm that is not finite changes nothing: one such step would ruin every master. Without any gradient nothing changes
-        either. With shards every rank calls it.
+        either. With shards every rank calls it. `in_turn` (offload/states.py): the moments are elsewhere, a few come at a time.
         """
         gradients = {name: master.grad for name, master in self.masters.items() if master.grad is not None}
         norm = global_norm(list(gradients.values()))
@@ -74,14 +80,23 @@ class MasterAdamW:
         # Elementwise from here on, so the shards are taken out of their DTensors: dispatching on 1200 of them costs more.
         local = {name: local_shard(gradient) for name, gradient in gradients.items()}
         torch._foreach_mul_(list(local.values()), torch.clamp(clip_norm / (norm + 1e-6), max=1.0))
-        for is_matrix, decay in ((True, self.weight_decay), (False, 0.0)):
-            names = [name for name in local if (self.masters[name].ndim > 1) == is_matrix]
-            steps, first, second = ([local_shard(self._state[name][kind]) for name in names] for kind in KINDS)
-            adamw(
-                [local_shard(self.masters[name]) for name in names], [local[name] for name in names], first, second, [], steps,
-                fused=True, amsgrad=False, beta1=self.betas[0], beta2=self.betas[1], lr=learning_rate, weight_decay=decay,
-                eps=EPS, maximize=False,
-            )  # fmt: skip
+        sizes = {name: 2 * local_shard(master).nbytes for name, master in self.masters.items()}
+        groups = turns(sizes) if in_turn else [list(self.masters)]
+
+        def update(place: int) -> None:
+            for is_matrix, decay in ((True, self.weight_decay), (False, 0.0)):
+                names = [n for n in groups[place] if n in local and (self.masters[n].ndim > 1) == is_matrix]
+                steps, first, second = ([local_shard(self._state[name][kind]) for name in names] for kind in KINDS)
+                adamw(
+                    [local_shard(self.masters[name]) for name in names], [local[name] for name in names], first, second, [],
+                    steps, fused=True, amsgrad=False, beta1=self.betas[0], beta2=self.betas[1], lr=learning_rate,
+                    weight_decay=decay, eps=EPS, maximize=False,
+                )  # fmt: skip
+
+        if in_turn:
+            in_turn([[f"{kind}.{name}" for name in names for kind in MOMENTS] for names in groups], update)
+        else:
+            update(0)
         for master in self.masters.values():
             master.grad = None
         self.copy_masters()

@@ -58,8 +58,11 @@ class Step:
             busy_s = batch.data_s + batch.encode_s + sum(clock.seconds.values())
             [total, mean_busy_s], [longest_s] = over_ranks(mesh, [part, busy_s], [busy_s])
         rate = learning_rate(self.config, step)
-        with span("optimizer/step"), self.states.here("optimizer"):
-            norm = float(self.optimizer.step(rate, self.config.clip_norm)) if math.isfinite(total) else math.nan
+        with span("optimizer/step"):
+            moments = self.states.in_turn("optimizer")
+            norm = (
+                float(self.optimizer.step(rate, self.config.clip_norm, moments)) if math.isfinite(total) else math.nan
+            )
         if not math.isfinite(norm):
             clips = ", ".join(str(clip.path) for clip in batch.clips)
             raise UserError(
@@ -67,8 +70,7 @@ class Step:
                 "lower learning_rate or look at these clips."
             )
         with span("optimizer/average"):
-            with self.states.here("average"):
-                self.ema.update(step)
+            self.ema.update(step, self.states.in_turn("average"))
             clock.lap("optimizer_s")
         seconds = {"data_s": batch.data_s, "encode_s": batch.encode_s, **clock.seconds}
         step_s = sum(seconds.values())

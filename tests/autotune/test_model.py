@@ -11,6 +11,7 @@ import pytest
 from made_up_device import cluster, device
 
 from vchitect_fast.architecture import preset
+from vchitect_fast.autotune import model
 from vchitect_fast.autotune.calibrate import Calibration
 from vchitect_fast.autotune.cost import step_cost
 from vchitect_fast.autotune.layout import Layout, Problem
@@ -159,11 +160,23 @@ def test_parked_states_are_away_but_for_the_update_and_waited_for() -> None:
     kept, parked = StepModel(here).predict(Layout(), policies), StepModel(away).predict(Layout(), policies)
     assert kept.memory.peak_bytes - parked.memory.peak_bytes == 12 * number
     assert parked.host_bytes - kept.host_bytes == 12 * number
-    assert parked.cost.step_s - kept.cost.step_s == pytest.approx(12 * number / 6e10)
+    assert parked.cost.step_s - kept.cost.step_s == pytest.approx(
+        2 * 12 * number / 6e10
+    )  # one turn: it comes, then it leaves
     small = problem(gpus(), batch=1, parked=("optimizer", "average"), shape=VideoShape(1, 32, 32))
     update = StepModel(small).predict(Layout(), policies)
     assert update.fullest.phase == "update"
     assert update.memory.states_bytes == 4 * number + 8 * number + TINY.pos_embed_max_size**2 * TINY.hidden_dim * 4
+
+
+def test_parked_states_of_many_turns_come_and_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten turns take the longer direction's time and one turn more; three are on the device for the update."""
+    number = TINY.num_parameters()
+    monkeypatch.setattr(model, "TURN_BYTES", -(-8 * number // 10))
+    here, away = (problem(gpus(), batch=1, parked=p, shape=VideoShape(1, 32, 32)) for p in ((), ("optimizer",)))
+    kept, parked = (StepModel(item).predict(Layout(), (KEPT,) * 6) for item in (here, away))
+    assert parked.cost.step_s - kept.cost.step_s == pytest.approx(1.1 * 8 * number / 6e10)
+    assert kept.memory.states_bytes - parked.memory.states_bytes == 8 * number - 3 * model.TURN_BYTES
 
 
 def test_a_calibration_scales_seconds_and_adds_bytes() -> None:

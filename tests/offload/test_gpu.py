@@ -29,6 +29,8 @@ from vchitect_fast.benchmarks import offload_goals
 from vchitect_fast.benchmarks.offload_goals import Row
 from vchitect_fast.offload.engine import Engine
 from vchitect_fast.offload.hooks import Saving
+from vchitect_fast.offload.policy import turns
+from vchitect_fast.offload.states import Parked, park_budget_bytes
 from vchitect_fast.plan import Policy
 
 _C = pytest.importorskip("vchitect_fast._C", reason="built with VCHITECT_FAST_EXT=0")
@@ -56,6 +58,28 @@ def test_a_slow_copy_stream_changes_no_gradient() -> None:
             with torch.cuda.stream(torch.cuda.ExternalStream(handle)):
                 torch.cuda._sleep(5_000_000)
         assert_same(gradients(model, inputs), expected)
+    assert_no_leaks(engine)
+
+
+@pytest.mark.gpu
+@needs_copier
+def test_a_slow_copy_stream_changes_no_parked_state() -> None:
+    tensors = {str(i): torch.full((1000 + i,), float(i), device="cuda") for i in range(30)}
+    engine = Engine(park_budget_bytes(tensors), "cuda")
+    groups = turns({name: x.nbytes for name, x in tensors.items()}, 20_000)
+    parked = Parked(engine, tensors)
+
+    def work(place: int) -> None:
+        for name in groups[place]:
+            tensors[name].add_(1)
+
+    for _ in range(20):
+        for handle in engine.mover.streams():
+            with torch.cuda.stream(torch.cuda.ExternalStream(handle)):
+                torch.cuda._sleep(5_000_000)
+        parked.in_turn(groups, work)
+    parked.end()
+    assert all(bool((x == int(name) + 20).all()) for name, x in tensors.items())
     assert_no_leaks(engine)
 
 

@@ -6,6 +6,7 @@ pytest tests/offload/test_states.py
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -15,41 +16,105 @@ from torch import Tensor
 from vchitect_fast.ema import EMA
 from vchitect_fast.errors import UserError
 from vchitect_fast.offload.engine import Engine
-from vchitect_fast.offload.policy import SLOT_BYTES, pool_bytes
+from vchitect_fast.offload.policy import SLOT_BYTES, pool_bytes, turns
 from vchitect_fast.offload.states import Parked, States, park_budget_bytes
 from vchitect_fast.optimizer import MasterAdamW
 
 pytest.importorskip("vchitect_fast._C", reason="built with VCHITECT_FAST_EXT=0")
 
 
-def train(parks: bool) -> dict[str, Tensor]:
+def train(parks: str) -> dict[str, Tensor]:
+    """Five steps with states that stay, come all "at once", or "in turn"."""
     model, inputs = make_model(), make_inputs(work_of())
     optimizer = MasterAdamW(model, weight_decay=0.1, betas=(0.9, 0.99))
     ema = EMA(optimizer.masters, 0.9)
-    states = {name: x for name, x in optimizer.state().items() if not name.startswith("step.")}
-    states |= {f"ema.{name}": x for name, x in ema.average.items()}
-    if parks:
-        engine = Engine(park_budget_bytes(states), delay_us_max=200)
-        parked = Parked(engine, states)
-        assert engine.stats()["used_bytes"] == engine.stats()["budget_bytes"]
+    moments = {name: x for name, x in optimizer.state().items() if not name.startswith("step.")}
+    states = States({"optimizer": moments, "average": ema.average} if parks else {})
+    kept = [*moments.values(), *ema.average.values()]
+    for parked in states.parts.values():
+        stats = parked.engine.stats()
+        assert stats["used_bytes"] == stats["budget_bytes"]
     for step in range(5):
         loss_of(model, inputs).backward()
-        if parks:
-            assert all(x.numel() == 0 for x in states.values())
-            with parked.here():
-                optimizer.step(1e-3, 1.0)
-                ema.update(step)
-        else:
+        assert not parks or all(x.numel() == 0 for x in kept)
+        if parks == "in turn":
+            optimizer.step(1e-3, 1.0, states.in_turn("optimizer"))
+            ema.update(step, states.in_turn("average"))
+            continue
+        with states.here():
+            assert states.in_turn("other") is None
             optimizer.step(1e-3, 1.0)
             ema.update(step)
-    if parks:
+    for parked in states.parts.values():
         parked.end()
-        assert_no_leaks(engine)
-    return {**states, **{name: p.detach() for name, p in model.named_parameters()}}
+        assert_no_leaks(parked.engine)
+    found = moments | {f"ema.{name}": x for name, x in ema.average.items()}
+    return found | {name: p.detach() for name, p in model.named_parameters()}
 
 
-def test_training_is_bitwise_the_same() -> None:
-    assert_same(train(parks=True), train(parks=False))
+@pytest.mark.parametrize("parks", ["at once", "in turn"])
+def test_training_is_bitwise_the_same(parks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = partial(turns, most_bytes=20_000)
+    monkeypatch.setattr("vchitect_fast.optimizer.turns", few)
+    monkeypatch.setattr("vchitect_fast.ema.turns", few)
+    assert_same(train(parks), train(""))
+
+
+def test_in_turn_three_groups_are_here_at_most_and_find_their_places_again() -> None:
+    draw = random.Random(0)
+    tensors = {str(i): torch.full((draw.randrange(1, 3000),), float(i)) for i in range(40)}
+    sizes = {name: x.numel() for name, x in tensors.items()}
+    engine = Engine(park_budget_bytes(tensors), delay_us_max=200)
+    parked, groups = Parked(engine, tensors), turns({name: 4 * n for name, n in sizes.items()}, 20_000)
+    assert 5 < len(groups) < 20
+    seen = []
+
+    def work(place: int) -> None:
+        here = [name for name, x in tensors.items() if x.numel()]
+        assert (
+            set(groups[place])
+            <= set(here)
+            <= {name for group in groups[max(0, place - 1) : place + 1] for name in group}
+        )
+        for name in groups[place]:
+            assert tensors[name].numel() == sizes[name]
+            tensors[name].add_(1)
+        seen.append(place)
+
+    for _ in range(20):
+        parked.in_turn(groups, work)
+        assert not any(x.numel() for x in tensors.values())
+        assert engine.stats()["used_bytes"] == engine.stats()["budget_bytes"]
+    assert seen == 20 * list(range(len(groups)))
+    with parked.here():
+        assert all(bool((x == int(name) + 20).all()) for name, x in tensors.items())
+    parked.end()
+    assert_no_leaks(engine)
+
+
+def test_an_error_in_the_middle_of_a_turn_leaves_all_parked_with_what_was_done() -> None:
+    tensors = {name: torch.full((300,), float(i)) for i, name in enumerate("abcd")}
+    engine = Engine(park_budget_bytes(tensors), delay_us_max=200)
+    parked = Parked(engine, tensors)
+
+    def work(place: int) -> None:
+        tensors["abcd"[place]].add_(10)
+        if place == 2:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        parked.in_turn(list("abcd"), work)
+    assert not any(x.numel() for x in tensors.values())
+    with pytest.raises(AssertionError, match="other tensors"):
+        parked.in_turn(["a", "b"], work)
+    parked.end()
+    assert [float(x[0]) for x in tensors.values()] == [10, 11, 12, 3]
+    assert_no_leaks(engine)
+
+
+def test_turns_cut_by_bytes_in_order() -> None:
+    assert turns({"a": 3, "b": 4, "c": 9, "d": 1, "e": 6}, 7) == [["a", "b"], ["c"], ["d", "e"]]
+    assert turns({}) == []
 
 
 def test_reading_what_is_away_is_an_error_and_it_comes_back() -> None:

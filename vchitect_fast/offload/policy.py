@@ -12,7 +12,7 @@ exchanges are not counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 
@@ -25,6 +25,7 @@ KEEP_LAST = 1
 WHOLE = "whole"  # all that autograd saves of a block that keeps everything, its input included
 READINGS = ("kept", "recomputed")
 SLOT_BYTES = 256  # a slot of the pool is a multiple of this: device access is coalesced, and little is wasted
+TURN_BYTES = 2**28  # of parked states that are on the device at once, three times: one leaves, one is used, one comes
 CHUNK_BYTES = 64 * 2**30  # of the pool; no slot crosses from one into the next (csrc/pool.h)
 
 
@@ -205,6 +206,19 @@ def offload_budget_bytes(
     """The pool that one forward and backward needs for what is offloaded."""
     moved = [i for i in step_bytes(work, policies, dtype, keep_last=keep_last, shard=shard) if i.action == OFFLOAD]
     return pool_bytes(size for item in moved for size in item.sizes)
+
+
+def turns(sizes: Mapping[str, int], most_bytes: int = TURN_BYTES) -> list[list[str]]:
+    """Names in their order, cut so that what follows each other has at most so many bytes, or is one."""
+    found: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not found or size > room:
+            found.append([])
+            room = most_bytes
+        found[-1].append(name)
+        room -= size
+    return found
 
 
 def pool_bytes(sizes: Iterable[int], chunk_bytes: int = CHUNK_BYTES) -> int:

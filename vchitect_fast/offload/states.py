@@ -1,18 +1,21 @@
 """Tensors that lie in host memory between their uses, through the same engine: AdamW's moments, an EMA.
 
     parked = Parked(engine, {"exp_avg": ..., "exp_avg_sq": ...})    they leave at once
-    with parked.here(): optimizer.step()                            they come back for the block, and leave again
+    with parked.here(): ...                                         they come back for the block, and leave again
+    parked.in_turn([["exp_avg"], ["exp_avg_sq"]], work)             work(0), work(1): the next come and the last leave meanwhile
     states = States({"optimizer": ..., "average": ...}, device)     several parts of a run, as its Plan's `parked` names them
     with states.here("optimizer"): ...                              one of them; nothing happens to parts that are not parked
+    optimizer.step(..., in_turn=states.in_turn("optimizer"))        its update, a few of its moments at a time
 
 The tensors stay the same objects; while they are away they are empty, so that using one is a mismatch of shapes and never old
 bytes. What two of them share moves once; an alias that is not among them would keep the memory. Of a DTensor give the local
-shard, which it goes on using. Not done: hiding these copies behind compute, parking fp32 masters (gradients hang on them).
+shard, which it goes on using. In turn both directions of the link are busy at once, and little of a part is on the device.
+Not done: starting during backward, parking fp32 masters (gradients hang on them).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -20,7 +23,9 @@ from torch import Tensor
 
 from vchitect_fast.errors import UserError
 from vchitect_fast.offload.engine import Engine, Handle, current_stream
-from vchitect_fast.offload.policy import pool_bytes
+from vchitect_fast.offload.policy import CHUNK_BYTES, pool_bytes
+
+InTurn = Callable[[Sequence[Sequence[str]], Callable[[int], None]], None]
 
 
 def park_budget_bytes(tensors: Mapping[str, Tensor]) -> int:
@@ -59,33 +64,69 @@ class Parked:
         finally:
             self._leave()
 
+    def in_turn(self, groups: Sequence[Sequence[str]], work: Callable[[int], None]) -> None:
+        """`work(i)` for every group of names, whose tensors are on the device then; together they are all, in their order.
+
+        Consecutive tensors have consecutive slots, so a group that returns finds the very place that it left. Only a pool
+        of several chunks could put it elsewhere, and in the end break up: there all come at once.
+        """
+        several = [[name for name in names if name in self._tensors] for names in groups]
+        assert [name for names in several for name in names] == list(self._tensors), "groups of other tensors"
+        if self.engine.mover.stats()["budget_bytes"] > CHUNK_BYTES:
+            with self.here():
+                for place in range(len(several)):
+                    work(place)
+            return
+        leaving: dict[str, Handle] = {}
+        try:
+            for place, names in enumerate(several):
+                self._fetch(names)
+                self._come(names)
+                if place + 1 < len(several):
+                    self._fetch(several[place + 1])
+                try:
+                    work(place)
+                finally:
+                    self._gone(leaving)  # after this group's work, beside which they left
+                    leaving = {}
+                    leaving = self._start(names)
+        finally:
+            self._gone(leaving)
+
     def end(self) -> None:
         """Bring the tensors back for good."""
         if self._away:
             self._return()
 
     def _leave(self) -> None:
-        away: dict[str, Handle] = {}
-        try:
-            for name, tensor in self._tensors.items():  # all copies start before the first is waited for
-                away[name] = self.engine.offload(tensor, name).handle(tensor)
-        except BaseException:
-            away.clear()  # nothing was given up yet
-            raise
-        for name, handle in away.items():
+        self._gone(self._start(list(self._tensors)))
+
+    def _return(self) -> None:
+        names = list(self._tensors)
+        self._fetch(names)
+        self._come(names)
+
+    def _start(self, names: Sequence[str]) -> dict[str, Handle]:
+        """All copies start before the first is waited for; where one cannot, nothing was given up yet."""
+        return {name: self.engine.offload(self._tensors[name], name).handle(self._tensors[name]) for name in names}
+
+    def _gone(self, leaving: Mapping[str, Handle]) -> None:
+        """Their copies are waited for, then their memory is given up."""
+        for name, handle in leaving.items():
             assert handle.entry.ticket is not None
             self.engine.mover.wait(handle.entry.ticket, current_stream(self.engine.device))
             with self.engine.lock:
                 self.engine._drop(handle.entry)
             self._tensors[name].data = self._tensors[name].new_empty(0)
-        self._away = away
+            self._away[name] = handle
 
-    def _return(self) -> None:
-        for handle in self._away.values():
-            self.engine.fetch(handle.entry)
-        for name, handle in self._away.items():
-            self._tensors[name].data = self.engine.restore(handle)
-        self._away = {}
+    def _fetch(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.engine.fetch(self._away[name].entry)
+
+    def _come(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._tensors[name].data = self.engine.restore(self._away.pop(name))
 
 
 class States:
@@ -111,6 +152,10 @@ class States:
                 if name in self.parts:
                     stack.enter_context(self.parts[name].here())
             yield
+
+    def in_turn(self, part: str) -> InTurn | None:
+        """Parked.in_turn of this part; None where it is not parked."""
+        return self.parts[part].in_turn if part in self.parts else None
 
     def parked_bytes(self) -> dict[str, int]:
         """What lies in host memory now, by part."""
