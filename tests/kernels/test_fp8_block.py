@@ -112,7 +112,7 @@ def test_the_kernels_err_as_the_definition_does(
 
 
 @on_fp8
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", pytest.param("triton", marks=pytest.mark.soak)])  # 20 s interpreted
 def test_rebuilt_in_backward_and_of_any_strides_it_has_the_same_bits(impl: str, device: torch.device) -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     block = make_block(dtype).to(device)
